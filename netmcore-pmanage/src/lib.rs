@@ -1,0 +1,1 @@
+//! The record of kernel-persistent objects, and recovery from it.

@@ -1,0 +1,1 @@
+//! A master that forks workers, typed processes, and resources that never leak.

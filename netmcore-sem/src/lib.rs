@@ -1,0 +1,1 @@
+//! Process-shared semaphores and locks that survive a dead owner.

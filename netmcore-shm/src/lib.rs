@@ -1,0 +1,1 @@
+//! Shared memory at one address: objects, arena, pages and blocks.

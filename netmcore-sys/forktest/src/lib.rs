@@ -1,0 +1,1 @@
+//! Runs each test in a fresh single-threaded process.
