@@ -1,1 +1,15 @@
 //! System calls for process-parallel programs on Linux: owned, typed, tested against the kernel.
+
+pub mod crash;
+pub mod error;
+pub mod file_lock;
+pub mod futex;
+pub mod map;
+pub mod name;
+pub mod record;
+pub mod sem;
+pub mod shm;
+
+pub use error::{Errno, Result, SysError};
+pub use name::{NameError, NameProblem, ObjectName};
+pub use record::{NoRecord, ObjectKind, Recorder};

@@ -1,0 +1,1 @@
+//! Places where a test can kill the process.

@@ -1,0 +1,1 @@
+//! Locks on files: flock(2) and open file description locks.

@@ -1,0 +1,1 @@
+//! Address ranges: reserved, mapped, populated, given back.

@@ -1,0 +1,1 @@
+//! POSIX shared memory objects and anonymous memory files.
