@@ -1,1 +1,13 @@
 //! A master that forks workers, typed processes, and resources that never leak.
+
+mod backtrace;
+mod codec;
+mod error;
+mod id;
+mod resource;
+
+pub use backtrace::Backtrace;
+pub use codec::Codec;
+pub use error::{Error, ExceededLimit, JoinError, Result};
+pub use id::{ProcessId, ResourceId};
+pub use resource::ResourceType;

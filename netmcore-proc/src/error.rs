@@ -1,0 +1,653 @@
+//! What can go wrong, told to someone who has not read this code.
+//!
+//! **Rules.** Each message says what was attempted, on which object, which limit was met and what to change; lower
+//! case, no full stop. `Display` tells the whole story, the cause included; `source()` gives the cause to programs.
+
+#![allow(dead_code)]
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use netmcore_sys::{NameError, SysError};
+use serde::{Deserialize, Serialize};
+
+use crate::backtrace::Backtrace;
+use crate::codec::CodecError;
+use crate::id::{ProcessId, ResourceId};
+use crate::resource::ResourceType;
+
+/// The result of this crate's calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call failed. Why a *process* failed is a [`JoinError`].
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no resource with this id, or it is not of the type that was asked for.
+    #[doc(alias = "No_resource")]
+    #[error("{}", no_resource(*id, *expected, *found))]
+    NoResource {
+        /// The id that was looked up.
+        id: ResourceId,
+        /// The type that the call needs; `None` when any would do.
+        expected: Option<ResourceType>,
+        /// The type that the resource has; `None` when there is no such resource.
+        found: Option<ResourceType>,
+    },
+
+    /// The process gave up a use of a resource that it does not have.
+    #[error(
+        "release of {id}: this process is not one of its users, or has released it as often as it got it"
+    )]
+    NotAUser {
+        /// The resource.
+        id: ResourceId,
+    },
+
+    /// The call is for workers only.
+    #[error(
+        "`{call}` is refused in the master, which must never wait or compute: call it in a worker"
+    )]
+    NotInMaster {
+        /// The function that was called.
+        call: &'static str,
+    },
+
+    /// The call is for the master only.
+    #[error("`{call}` is refused in a worker: call it in the master, before the run or in a hook")]
+    NotInWorker {
+        /// The function that was called.
+        call: &'static str,
+    },
+
+    /// There is no master that the call could turn to.
+    #[error(
+        "`{call}` needs a master, and this process has none: call it in a worker, in a hook of the master, or after building a `Master`"
+    )]
+    NotRunning {
+        /// The function that was called.
+        call: &'static str,
+    },
+
+    /// The process has more than one thread, so it cannot become a master: a fork copies only the thread that forks,
+    /// and locks held by the others would stay locked in every worker.
+    #[error(
+        "cannot fork workers: this process has {threads} threads, and a fork copies only the one that forks; start the master before any thread (async runtimes and test harnesses start threads too), or use host mode"
+    )]
+    MultiThreaded {
+        /// The number of threads, the calling one included.
+        threads: usize,
+    },
+
+    /// Too many processes are waiting to be run or joined.
+    #[error(
+        "cannot start a process: the table is full, {limit} processes are neither joined nor detached; join or detach some, or raise `process_limit`"
+    )]
+    ProcessTableFull {
+        /// The number of processes that the table holds.
+        limit: usize,
+    },
+
+    /// The master is ending the run, so nothing new begins.
+    #[error("the master is shutting down: nothing new can be started")]
+    ShutDown,
+
+    /// The master died without shutting down.
+    #[error(
+        "the master process is gone: it died without shutting down; the next start on the same directory cleans up"
+    )]
+    MasterGone,
+
+    /// The master answered with a refusal.
+    #[error("{doing}: the master refused: {reason}")]
+    Refused {
+        /// What was asked for, with the object.
+        doing: String,
+        /// What the master said.
+        reason: String,
+    },
+
+    /// An argument, or another value for another process, did not become bytes.
+    #[error("cannot send a value of type {type_name}: {reason}")]
+    Encode {
+        /// The type of the value.
+        type_name: &'static str,
+        /// What the codec said.
+        reason: String,
+    },
+
+    /// Bytes from another process did not become a value of the type.
+    #[error("cannot read a value of type {type_name}: {reason}")]
+    Decode {
+        /// The type of the value.
+        type_name: &'static str,
+        /// What the codec said.
+        reason: String,
+    },
+
+    /// A dynamically typed value was unwrapped at another type than it was wrapped with.
+    #[doc(alias = "Type_mismatch")]
+    #[error("cannot unwrap a value as {expected}: it was wrapped as {found}")]
+    TypeMismatch {
+        /// The type that was asked for.
+        expected: &'static str,
+        /// The type that the value was wrapped with.
+        found: String,
+    },
+
+    /// The address of a function that came in does not lie in this program's code.
+    #[error(
+        "cannot run the function at {address:#x}: it is not in the code of this program as it was when the master started (code loaded later cannot be spawned)"
+    )]
+    NotAFunctionOfThisProgram {
+        /// The address.
+        address: usize,
+    },
+
+    /// The directory's path is so long that a socket in it cannot have an address.
+    #[error("cannot use {}: a Unix socket needs a path of at most {limit} bytes, and this one has {len}; choose a directory with a shorter path", path.display())]
+    PathTooLong {
+        /// The path of the socket.
+        path: PathBuf,
+        /// The most bytes that a socket's path may have.
+        limit: usize,
+        /// The bytes that this one has.
+        len: usize,
+    },
+
+    /// The path cannot be used for what it was given for.
+    #[error("cannot use the path {}: {why}", path.display())]
+    InvalidPath {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+
+    /// The name is not one that a shared memory object or semaphore can have.
+    #[error(transparent)]
+    InvalidName(#[from] NameError),
+
+    /// A system call failed.
+    #[error("{doing}: {source}")]
+    System {
+        /// What was being done, and to which object.
+        doing: String,
+        /// The call and its error number.
+        source: SysError,
+    },
+
+    /// Every worker waited without deadline, and nothing was queued, so the master ended the run.
+    #[error("{}", deadlock(who, on_what))]
+    Deadlock {
+        /// The workers that waited.
+        who: Vec<ProcessId>,
+        /// What each of them waited for, in the same order.
+        on_what: Vec<String>,
+    },
+
+    /// A signal asked the master to end the run.
+    #[error("the run was ended by {}", Signal(*signal))]
+    Signalled {
+        /// The number of the signal.
+        signal: i32,
+    },
+
+    /// The first process ended without a result.
+    #[error("the first process has no result: {0}")]
+    FirstProcess(#[source] JoinError),
+
+    /// Another process ended without a result.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+}
+
+impl Error {
+    /// Makes a [`Error::System`] from a failed system call: for `map_err(Error::system("…"))`.
+    pub(crate) fn system(doing: impl Into<String>) -> impl FnOnce(SysError) -> Error {
+        let doing = doing.into();
+        move |source| Error::System { doing, source }
+    }
+}
+
+/// Why a process has no result for its joiner.
+///
+/// `{}` is one line; `{:#}` adds the backtrace of a panic.
+#[non_exhaustive]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum JoinError {
+    /// It panicked.
+    Panicked {
+        /// The process.
+        process: ProcessId,
+        /// What it said.
+        message: String,
+        /// Where, as `file:line:column`.
+        location: Option<String>,
+        /// How it came there.
+        backtrace: Backtrace,
+    },
+    /// It called `exit`, or something in it did.
+    Exited {
+        /// The process.
+        process: ProcessId,
+        /// The code that it exited with.
+        code: i32,
+    },
+    /// A signal killed it.
+    Killed {
+        /// The process.
+        process: ProcessId,
+        /// The number of the signal.
+        signal: i32,
+        /// Whether the kernel wrote a core file.
+        core_dumped: bool,
+    },
+    /// The master killed it because it exceeded a limit that it was started with.
+    LimitExceeded {
+        /// The process.
+        process: ProcessId,
+        /// The limit.
+        limit: ExceededLimit,
+    },
+    /// It finished, but its result is not a value of the type that the joiner expects.
+    ResultUndecodable {
+        /// The process.
+        process: ProcessId,
+        /// The type that the joiner expects.
+        type_name: String,
+        /// What the codec said.
+        reason: String,
+    },
+    /// It could not begin, because its argument is not a value of the type that it expects.
+    ArgumentUndecodable {
+        /// The process.
+        process: ProcessId,
+        /// The type that the process expects.
+        type_name: String,
+        /// What the codec said.
+        reason: String,
+    },
+    /// It finished, but there was no way to store its result.
+    ResultNotDelivered {
+        /// The process.
+        process: ProcessId,
+        /// The type of the result.
+        type_name: String,
+        /// Why: not encodable, or no memory left.
+        reason: String,
+    },
+    /// No worker could be forked for it.
+    NotStarted {
+        /// The process.
+        process: ProcessId,
+        /// Which limit was met.
+        reason: String,
+    },
+    /// Another join has taken the result.
+    AlreadyJoined {
+        /// The process.
+        process: ProcessId,
+    },
+    /// It was joined through the join point of another kind of processes.
+    WrongJoinPoint {
+        /// The process.
+        process: ProcessId,
+        /// The join point that belongs to the process.
+        expected: ResourceId,
+        /// The join point that was used.
+        found: ResourceId,
+    },
+    /// The join point does not exist or has been released.
+    NoResource {
+        /// The process.
+        process: ProcessId,
+        /// The join point.
+        id: ResourceId,
+    },
+    /// There is no such process in this run.
+    NoSuchProcess {
+        /// The process.
+        process: ProcessId,
+    },
+    /// The caller is the master, which must not wait.
+    NotInMaster {
+        /// The process.
+        process: ProcessId,
+    },
+    /// The deadline passed first. The process goes on, and may be joined later.
+    TimedOut {
+        /// The process.
+        process: ProcessId,
+    },
+    /// The master is ending the run.
+    ShutDown {
+        /// The process.
+        process: ProcessId,
+    },
+    /// The master died, and all workers die with it.
+    MasterGone {
+        /// The process.
+        process: ProcessId,
+    },
+    /// The wait could never end: a process joined itself.
+    WouldDeadlock {
+        /// The process.
+        process: ProcessId,
+    },
+    /// It was detached, so its result is dropped.
+    Detached {
+        /// The process.
+        process: ProcessId,
+    },
+}
+
+impl JoinError {
+    /// Returns the process that was to be joined.
+    pub fn process(&self) -> ProcessId {
+        match *self {
+            JoinError::Panicked { process, .. }
+            | JoinError::Exited { process, .. }
+            | JoinError::Killed { process, .. }
+            | JoinError::LimitExceeded { process, .. }
+            | JoinError::ResultUndecodable { process, .. }
+            | JoinError::ArgumentUndecodable { process, .. }
+            | JoinError::ResultNotDelivered { process, .. }
+            | JoinError::NotStarted { process, .. }
+            | JoinError::AlreadyJoined { process }
+            | JoinError::WrongJoinPoint { process, .. }
+            | JoinError::NoResource { process, .. }
+            | JoinError::NoSuchProcess { process }
+            | JoinError::NotInMaster { process }
+            | JoinError::TimedOut { process }
+            | JoinError::ShutDown { process }
+            | JoinError::MasterGone { process }
+            | JoinError::WouldDeadlock { process }
+            | JoinError::Detached { process } => process,
+        }
+    }
+
+    /// Returns the call stack of a panic.
+    pub fn backtrace(&self) -> Option<&Backtrace> {
+        match self {
+            JoinError::Panicked { backtrace, .. } => Some(backtrace),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for JoinError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "join of {}: ", self.process())?;
+        match self {
+            JoinError::Panicked {
+                message,
+                location,
+                backtrace,
+                ..
+            } => {
+                match location {
+                    Some(location) => write!(f, "it panicked at {location}: {message}")?,
+                    None => write!(f, "it panicked: {message}")?,
+                }
+                if f.alternate() && !backtrace.is_empty() {
+                    write!(f, "\nstack backtrace:\n{backtrace}")?;
+                }
+                Ok(())
+            }
+            JoinError::Exited { code, .. } => {
+                write!(f, "it exited with code {code} before it returned a result")
+            }
+            JoinError::Killed {
+                signal,
+                core_dumped,
+                ..
+            } => {
+                write!(f, "it was killed by {}", Signal(*signal))?;
+                if *core_dumped {
+                    f.write_str(", and the kernel wrote a core file")?;
+                }
+                if *signal == SIGKILL {
+                    f.write_str(
+                        " (sent by `kill`, by an administrator, or by the kernel when memory ran out)",
+                    )?;
+                }
+                Ok(())
+            }
+            JoinError::LimitExceeded { limit, .. } => match limit {
+                ExceededLimit::MemoryBytes(bytes) => write!(
+                    f,
+                    "it was killed because it used more than its memory limit of {bytes} bytes; \
+                     raise `memory_limit` in its start options"
+                ),
+                ExceededLimit::Time(time) => write!(
+                    f,
+                    "it was killed because it ran longer than its time limit of {time:?}; \
+                     raise `time_limit` in its start options"
+                ),
+            },
+            JoinError::ResultUndecodable {
+                type_name, reason, ..
+            } => write!(
+                f,
+                "it finished, but its result cannot be read as {type_name}: {reason}"
+            ),
+            JoinError::ArgumentUndecodable {
+                type_name, reason, ..
+            } => write!(
+                f,
+                "it could not begin, because its argument cannot be read as {type_name}: {reason}"
+            ),
+            JoinError::ResultNotDelivered {
+                type_name, reason, ..
+            } => write!(
+                f,
+                "it finished, but its result of type {type_name} could not be stored: {reason}"
+            ),
+            JoinError::NotStarted { reason, .. } => {
+                write!(f, "no worker could be forked for it: {reason}")
+            }
+            JoinError::AlreadyJoined { .. } => {
+                f.write_str("its result has been taken by another join; only the first one gets it")
+            }
+            JoinError::WrongJoinPoint {
+                expected, found, ..
+            } => write!(
+                f,
+                "it belongs to the join point {expected}, and was joined through {found}"
+            ),
+            JoinError::NoResource { id, .. } => write!(
+                f,
+                "the join point {id} does not exist, or has been released"
+            ),
+            JoinError::NoSuchProcess { .. } => {
+                f.write_str("there is no such process in this run")
+            }
+            JoinError::NotInMaster { .. } => f.write_str(
+                "refused in the master, which must never wait: join in a worker, or use `join_nowait`",
+            ),
+            JoinError::TimedOut { .. } => {
+                f.write_str("it had not ended when the deadline passed; it goes on, and can be joined later")
+            }
+            JoinError::ShutDown { .. } => {
+                f.write_str("the master is shutting down, so it will not end with a result")
+            }
+            JoinError::MasterGone { .. } => {
+                f.write_str("the master process is gone, and its workers die with it")
+            }
+            JoinError::WouldDeadlock { .. } => {
+                f.write_str("a process cannot join itself: it would wait for ever")
+            }
+            JoinError::Detached { .. } => {
+                f.write_str("it was detached, so its result is dropped; start it without detaching to join it")
+            }
+        }
+    }
+}
+
+impl std::error::Error for JoinError {}
+
+/// The limit that a process exceeded.
+#[non_exhaustive]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ExceededLimit {
+    /// Private memory, in bytes.
+    MemoryBytes(u64),
+    /// Time since the process began to run.
+    Time(Duration),
+}
+
+/// What a dying worker, or the master for it, stores for the joiner: a [`JoinError`] without the process.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) enum Failure {
+    Panicked {
+        message: String,
+        location: Option<String>,
+        backtrace: Backtrace,
+    },
+    Exited {
+        code: i32,
+    },
+    Killed {
+        signal: i32,
+        core_dumped: bool,
+    },
+    LimitExceeded(ExceededLimit),
+    ArgumentUndecodable {
+        type_name: String,
+        reason: String,
+    },
+    ResultNotDelivered {
+        type_name: String,
+        reason: String,
+    },
+    NotStarted {
+        reason: String,
+    },
+    ShutDown,
+}
+
+impl Failure {
+    pub(crate) fn argument_undecodable(error: &CodecError) -> Failure {
+        Failure::ArgumentUndecodable {
+            type_name: error.type_name.into(),
+            reason: error.reason_and_hint(),
+        }
+    }
+
+    pub(crate) fn result_not_encodable(error: &CodecError) -> Failure {
+        Failure::ResultNotDelivered {
+            type_name: error.type_name.into(),
+            reason: error.reason_and_hint(),
+        }
+    }
+
+    /// What the joiner of `process` is told.
+    pub(crate) fn into_join_error(self, process: ProcessId) -> JoinError {
+        match self {
+            Failure::Panicked {
+                message,
+                location,
+                backtrace,
+            } => JoinError::Panicked {
+                process,
+                message,
+                location,
+                backtrace,
+            },
+            Failure::Exited { code } => JoinError::Exited { process, code },
+            Failure::Killed {
+                signal,
+                core_dumped,
+            } => JoinError::Killed {
+                process,
+                signal,
+                core_dumped,
+            },
+            Failure::LimitExceeded(limit) => JoinError::LimitExceeded { process, limit },
+            Failure::ArgumentUndecodable { type_name, reason } => JoinError::ArgumentUndecodable {
+                process,
+                type_name,
+                reason,
+            },
+            Failure::ResultNotDelivered { type_name, reason } => JoinError::ResultNotDelivered {
+                process,
+                type_name,
+                reason,
+            },
+            Failure::NotStarted { reason } => JoinError::NotStarted { process, reason },
+            Failure::ShutDown => JoinError::ShutDown { process },
+        }
+    }
+}
+
+impl CodecError {
+    pub(crate) fn into_encode(self) -> Error {
+        Error::Encode {
+            type_name: self.type_name,
+            reason: self.reason_and_hint(),
+        }
+    }
+
+    pub(crate) fn into_decode(self) -> Error {
+        Error::Decode {
+            type_name: self.type_name,
+            reason: self.reason_and_hint(),
+        }
+    }
+
+    pub(crate) fn into_result_undecodable(self, process: ProcessId) -> JoinError {
+        JoinError::ResultUndecodable {
+            process,
+            type_name: self.type_name.into(),
+            reason: self.reason_and_hint(),
+        }
+    }
+}
+
+fn no_resource(
+    id: ResourceId,
+    expected: Option<ResourceType>,
+    found: Option<ResourceType>,
+) -> String {
+    match (expected, found) {
+        (Some(expected), Some(found)) => {
+            format!("{id} is a {found}, and the call needs a {expected}")
+        }
+        (Some(expected), None) => format!(
+            "there is no {expected} {id}: it was never made in this run, or its last user has released it"
+        ),
+        (None, Some(found)) => format!("{id} is a {found}, which the call does not take"),
+        (None, None) => {
+            format!(
+                "there is no {id}: it was never made in this run, or its last user has released it"
+            )
+        }
+    }
+}
+
+fn deadlock(who: &[ProcessId], on_what: &[String]) -> String {
+    let mut message = String::from(
+        "deadlock, so the run was ended: every worker waits without deadline and nothing is queued",
+    );
+    for (index, process) in who.iter().enumerate() {
+        message.push_str(if index == 0 { ": " } else { ", " });
+        match on_what.get(index) {
+            Some(what) => message.push_str(&format!("{process} waits for {what}")),
+            None => message.push_str(&process.to_string()),
+        }
+    }
+    message
+}
+
+const SIGKILL: i32 = 9;
+
+/// A signal in words.
+struct Signal(i32);
+
+impl fmt::Display for Signal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "signal {}", self.0)
+    }
+}
