@@ -6,9 +6,11 @@ pub mod file_lock;
 pub mod futex;
 pub mod map;
 pub mod name;
+pub mod process;
 pub mod record;
 pub mod sem;
 pub mod shm;
+pub mod signal;
 
 pub use error::{Errno, Result, SysError};
 pub use name::{NameError, NameProblem, ObjectName};
