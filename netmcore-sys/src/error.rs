@@ -67,7 +67,6 @@ impl From<SysError> for io::Error {
     }
 }
 
-#[allow(dead_code, reason = "used by every module that makes system calls")]
 /// Names the failed call and its object; formats the object only in the case of failure.
 pub(crate) trait During<T> {
     /// The error, with `call` and `target` put to it.
