@@ -45,6 +45,19 @@ pub enum Error {
         id: ResourceId,
     },
 
+    /// The object is managed already, as a resource of another type or with other data.
+    #[error(
+        "cannot manage a {wanted}: it is managed as a {found} ({id}); use that, or release it first"
+    )]
+    AlreadyManaged {
+        /// The resource that it is.
+        id: ResourceId,
+        /// What it was to be.
+        wanted: String,
+        /// What it is.
+        found: String,
+    },
+
     /// The call is for workers only.
     #[error(
         "`{call}` is refused in the master, which must never wait or compute: call it in a worker"

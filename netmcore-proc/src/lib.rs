@@ -10,4 +10,4 @@ pub use backtrace::Backtrace;
 pub use codec::Codec;
 pub use error::{Error, ExceededLimit, JoinError, Result};
 pub use id::{ProcessId, ResourceId};
-pub use resource::ResourceType;
+pub use resource::{Inherit, ResourceRepr, ResourceType};
