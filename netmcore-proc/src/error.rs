@@ -9,6 +9,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use netmcore_sys::process::signal_name;
 use netmcore_sys::{NameError, SysError};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,7 @@ use crate::backtrace::Backtrace;
 use crate::codec::CodecError;
 use crate::id::{ProcessId, ResourceId};
 use crate::resource::ResourceType;
+use crate::wire::WireError;
 
 /// The result of this crate's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -36,9 +38,9 @@ pub enum Error {
         found: Option<ResourceType>,
     },
 
-    /// The process gave up a use of a resource that it does not have.
+    /// The process gave up or passed on a use of a resource that it does not have.
     #[error(
-        "release of {id}: this process is not one of its users, or has released it as often as it got it"
+        "this process does not use {id}: it never got it, or has released it as often as it got it"
     )]
     NotAUser {
         /// The resource.
@@ -205,6 +207,15 @@ pub enum Error {
     Signalled {
         /// The number of the signal.
         signal: i32,
+    },
+
+    /// What came from the peer of a connection was not what the protocol says.
+    #[error("{doing}: {source}")]
+    Wire {
+        /// What was being done.
+        doing: String,
+        /// What was wrong.
+        source: WireError,
     },
 
     /// The first process ended without a result.
@@ -661,6 +672,10 @@ struct Signal(i32);
 
 impl fmt::Display for Signal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "signal {}", self.0)
+        match signal_name(self.0) {
+            name if name.starts_with("SIG") => write!(f, "{name} (signal {})", self.0),
+            // "real-time signal" or "no signal"
+            words => write!(f, "{words} {}", self.0),
+        }
     }
 }

@@ -5,9 +5,11 @@ mod codec;
 mod error;
 mod id;
 mod resource;
+mod wire;
 
 pub use backtrace::Backtrace;
 pub use codec::Codec;
 pub use error::{Error, ExceededLimit, JoinError, Result};
 pub use id::{ProcessId, ResourceId};
 pub use resource::{Inherit, ResourceRepr, ResourceType};
+pub use wire::WireError;

@@ -334,12 +334,17 @@ impl From<ResourceError> for Error {
     }
 }
 
+/// The most users that a line of a listing names, so that a page of lines has a bounded size.
+pub(crate) const USERS_LISTED: usize = 256;
+
 /// One line of a listing.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct ResourceLine {
     pub(crate) id: ResourceId,
     pub(crate) repr: ResourceRepr,
-    /// Each user with the number of its uses; processes that only inherit are not among them.
+    /// How many users it has; processes that only inherit are not among them.
+    pub(crate) user_count: u64,
+    /// The first [`USERS_LISTED`] of them, each with the number of its uses.
     pub(crate) users: Vec<(User, u64)>,
 }
 
@@ -553,20 +558,34 @@ impl ResourceTable {
             .collect()
     }
 
-    /// Lists all resources in the order of their ids, each with its users.
-    pub(crate) fn list(&self) -> Vec<ResourceLine> {
-        let mut users: BTreeMap<ResourceId, Vec<(User, u64)>> = BTreeMap::new();
-        for (&(user, id), &count) in &self.uses {
-            users.entry(id).or_default().push((user, count));
-        }
-        self.entries
-            .iter()
-            .map(|(&id, entry)| ResourceLine {
-                id,
-                repr: entry.repr.clone(),
-                users: users.remove(&id).unwrap_or_default(),
+    /// Lists the resources behind `after` (or from the first) in the order of their ids, `line_count` at most, each with
+    /// its users.
+    pub(crate) fn list(&self, after: Option<ResourceId>, line_count: usize) -> Vec<ResourceLine> {
+        let first = after.map_or(0, |id| id.get().saturating_add(1));
+        let mut lines: BTreeMap<ResourceId, ResourceLine> = self
+            .entries
+            .range(ResourceId::from_raw(first)..)
+            .take(line_count)
+            .map(|(&id, entry)| {
+                let repr = entry.repr.clone();
+                let line = ResourceLine {
+                    id,
+                    repr,
+                    user_count: 0,
+                    users: Vec::new(),
+                };
+                (id, line)
             })
-            .collect()
+            .collect();
+        for (&(user, id), &use_count) in &self.uses {
+            if let Some(line) = lines.get_mut(&id) {
+                line.user_count += 1;
+                if line.users.len() < USERS_LISTED {
+                    line.users.push((user, use_count));
+                }
+            }
+        }
+        lines.into_values().collect()
     }
 
     pub(crate) fn is_user(&self, id: ResourceId, user: User) -> bool {
@@ -708,6 +727,10 @@ mod tests {
         ProcessId::from_raw(number)
     }
 
+    fn list(table: &ResourceTable) -> Vec<ResourceLine> {
+        table.list(None, usize::MAX)
+    }
+
     const NOBODY: fn(ResourceId) -> bool = |_| false;
 
     #[test]
@@ -758,7 +781,7 @@ mod tests {
                 .unwrap_err()
                 .reason
         };
-        // "a", "/..", "/a/../b", "/"
+        // The bytes of "a", "/a/../b", "/.." and "/a/".
         let reason = refused(r#"{"File":[97]}"#);
         assert!(
             reason.contains("the path a of a temporary file is not absolute"),
@@ -837,7 +860,7 @@ mod tests {
             "cannot manage a shared memory object /a with semaphore container /p: it is managed as a shared memory \
              object /a (Resource 1); use that, or release it first"
         );
-        assert_eq!(table.list()[0].users, [(User::Master, 1)]);
+        assert_eq!(list(&table)[0].users, [(User::Master, 1)]);
         // A semaphore may have the name of a shared memory object: they are different objects.
         let sem = ResourceRepr::PosixSem(name("/a"));
         assert_ne!(table.insert(sem, User::Master).unwrap().id, id);
@@ -897,7 +920,7 @@ mod tests {
         assert_eq!(table.take_unused(NOBODY), []);
         table.acquire(id, None, User::Process(joiner)).unwrap();
         table.land(worker, Leg::Result);
-        assert_eq!(table.list()[0].users, [(User::Process(joiner), 1)]);
+        assert_eq!(list(&table)[0].users, [(User::Process(joiner), 1)]);
     }
 
     #[test]
@@ -915,6 +938,25 @@ mod tests {
     }
 
     #[test]
+    fn listing_goes_on_behind_a_line_and_names_a_bounded_number_of_users() {
+        let mut table = ResourceTable::default();
+        let user = |number| User::Process(process(number));
+        let first = table.insert(shm("/a"), user(0)).unwrap().id;
+        let second = table.insert(shm("/b"), user(0)).unwrap().id;
+        for number in 1..300 {
+            table.acquire(second, None, user(number)).unwrap();
+        }
+        let page = table.list(None, 1);
+        assert_eq!((page.len(), page[0].id), (1, first));
+        let page = table.list(Some(first), 64);
+        assert_eq!((page.len(), page[0].id), (1, second));
+        assert_eq!(page[0].user_count, 300);
+        assert_eq!(page[0].users.len(), USERS_LISTED);
+        assert_eq!(table.list(Some(second), 64), []);
+        assert_eq!(table.list(Some(ResourceId::from_raw(u64::MAX)), 64), []);
+    }
+
+    #[test]
     fn refusals_name_the_types() {
         let mut table = ResourceTable::default();
         let id = table.insert(shm("/a"), User::Master).unwrap().id;
@@ -925,7 +967,7 @@ mod tests {
             Error::from(error).to_string(),
             "Resource 1 is a shared memory object, and the call needs a temporary file"
         );
-        assert_eq!(table.list()[0].users, [(User::Master, 1)]);
+        assert_eq!(list(&table)[0].users, [(User::Master, 1)]);
     }
 
     /// The oracle: a list of resources, and a list of uses with an element for each.
@@ -1117,7 +1159,7 @@ mod tests {
     /// The invariants of the module documentation, and equality with the oracle.
     fn verify(table: &ResourceTable, naive: &Naive) {
         assert_eq!(table.next_id().get(), naive.made + 1);
-        let listed = table.list();
+        let listed = list(table);
         let resources: Vec<_> = listed
             .iter()
             .map(|line| (line.id, line.repr.clone()))
@@ -1126,6 +1168,7 @@ mod tests {
         for line in &listed {
             let total: u64 = line.users.iter().map(|(_, count)| count).sum();
             assert_eq!(total, table.entries[&line.id].use_count);
+            assert_eq!(line.user_count, line.users.len() as u64);
             assert_eq!(table.unused.contains(&line.id), total == 0);
             assert_eq!(table.by_object[&line.repr.object()], line.id);
             for &(user, count) in &line.users {
