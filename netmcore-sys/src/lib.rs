@@ -6,11 +6,13 @@ pub mod file_lock;
 pub mod futex;
 pub mod map;
 pub mod name;
+pub mod poll;
 pub mod process;
 pub mod record;
 pub mod sem;
 pub mod shm;
 pub mod signal;
+pub mod socket;
 
 pub use error::{Errno, Result, SysError};
 pub use name::{NameError, NameProblem, ObjectName};
