@@ -8,7 +8,8 @@
 //! memory, usually), then writes straight into it: no intermediate copy with bincode. A value that changes its size
 //! between the two passes is an error, not an overrun. [`decode`] must use up all bytes.
 //!
-//! **Limits.** The slice is the limit: no length read from it is believed beyond the bytes that are there.
+//! **Limits.** The slice is the limit: no length read from it is believed beyond the bytes that are there. (The number
+//! of elements that take no bytes, as in `Vec<()>`, has no such limit; no message of ours has such elements.)
 
 #![allow(dead_code)]
 
@@ -177,12 +178,12 @@ enum Doing {
     Decode,
 }
 
-const NEEDS_JSON: &str = "the type describes itself (as serde_json::Value, untagged and internally tagged enums, and \
-    `flatten` do), which the bincode codec cannot do; define the process with Codec::Json";
-const MAY_NEED_JSON: &str = "if the type describes itself (serde_json::Value, untagged or internally tagged enums, \
-    `flatten`, `skip_serializing_if`), define the process with Codec::Json";
+const NEEDS_JSON: &str = "the bincode codec cannot carry types that describe themselves (serde_json::Value, enums that \
+    are untagged or internally tagged, `flatten`): use Codec::Json";
+const MAY_NEED_JSON: &str = "if the type describes itself (serde_json::Value, enums that are untagged or internally \
+    tagged, `flatten`, `skip_serializing_if`), use Codec::Json";
 const NEEDS_BINCODE: &str =
-    "JSON takes only strings and numbers as map keys; define the process with Codec::Bincode";
+    "JSON takes only strings and numbers as keys of a map: use Codec::Bincode";
 
 fn bincode_error<T: ?Sized>(error: &bincode::Error, doing: Doing) -> CodecError {
     use bincode::ErrorKind;
@@ -239,5 +240,224 @@ fn size_changed<T: ?Sized>() -> CodecError {
         type_name: std::any::type_name::<T>(),
         reason: "its encoding changed its size while it was written".into(),
         hint: Some("a value must not change while it is sent"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+    enum Shape {
+        Nothing,
+        Numbers(u8, i16, u32, i64, u128, char, bool),
+        Named {
+            text: String,
+            parts: Vec<Option<Shape>>,
+        },
+        Map(BTreeMap<String, Vec<u8>>),
+    }
+
+    fn shape() -> impl Strategy<Value = Shape> {
+        let leaf = prop_oneof![
+            Just(Shape::Nothing),
+            any::<(u8, i16, u32, i64, u128, char, bool)>()
+                .prop_map(|(a, b, c, d, e, f, g)| Shape::Numbers(a, b, c, d, e, f, g)),
+            prop::collection::btree_map(".{0,5}", prop::collection::vec(any::<u8>(), 0..5), 0..4)
+                .prop_map(Shape::Map),
+        ];
+        leaf.prop_recursive(3, 20, 4, |inner| {
+            (
+                ".{0,9}",
+                prop::collection::vec(prop::option::of(inner), 0..4),
+            )
+                .prop_map(|(text, parts)| Shape::Named { text, parts })
+        })
+    }
+
+    fn message<T: fmt::Debug>(result: Result<T, CodecError>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn place_has_exactly_the_right_size() {
+        for (codec, text) in [(Codec::Bincode, 8 + 2), (Codec::Json, 4)] {
+            let mut asked = Vec::new();
+            let place = |size| {
+                asked.push(size);
+                Ok::<_, ()>(vec![0xff_u8; size])
+            };
+            assert!(encode(codec, "hi", place).is_ok());
+            assert_eq!(asked, [text]);
+        }
+        assert_eq!(
+            encode_to_vec(Codec::Bincode, &(1_u16, Some(2_u8))).unwrap(),
+            [1, 0, 1, 2]
+        );
+    }
+
+    #[test]
+    fn place_may_be_longer_than_asked_for() {
+        let place = |size| Ok::<_, ()>(vec![0xff_u8; size + 3]);
+        let filled = encode(Codec::Bincode, &7_u16, place).unwrap();
+        assert_eq!(filled, [7, 0, 0xff, 0xff, 0xff]);
+    }
+
+    #[test]
+    fn failure_of_the_place_is_passed_on() {
+        for codec in [Codec::Bincode, Codec::Json] {
+            let no_place = |size| Err::<Vec<u8>, _>(size);
+            assert!(matches!(
+                encode(codec, &7_u16, no_place),
+                Err(EncodeError::Place(1 | 2))
+            ));
+        }
+    }
+
+    #[test]
+    fn self_describing_types_get_the_advice() {
+        #[derive(Debug, Serialize, Deserialize)]
+        #[serde(tag = "kind")]
+        enum Tagged {
+            A { x: u8 },
+        }
+        #[derive(Debug, Serialize, Deserialize)]
+        struct Flattened {
+            a: u8,
+            #[serde(flatten)]
+            rest: BTreeMap<String, u8>,
+        }
+        let tagged = encode_to_vec(Codec::Bincode, &Tagged::A { x: 1 }).unwrap();
+        assert_eq!(
+            message(decode::<Tagged>(Codec::Bincode, &tagged)),
+            "netmcore_proc::codec::tests::self_describing_types_get_the_advice::Tagged: the type asks the data what \
+             comes next, and bincode data does not say; the bincode codec cannot carry types that describe themselves \
+             (serde_json::Value, enums that are untagged or internally tagged, `flatten`): use Codec::Json"
+        );
+        let rest = BTreeMap::from([("b".to_string(), 2)]);
+        assert_eq!(
+            message(encode_to_vec(Codec::Bincode, &Flattened { a: 1, rest })),
+            "netmcore_proc::codec::tests::self_describing_types_get_the_advice::Flattened: the number of elements is \
+             not known before they are written; the bincode codec cannot carry types that describe themselves \
+             (serde_json::Value, enums that are untagged or internally tagged, `flatten`): use Codec::Json"
+        );
+        let json = encode_to_vec(Codec::Json, &Tagged::A { x: 1 }).unwrap();
+        assert!(matches!(decode(Codec::Json, &json), Ok(Tagged::A { x: 1 })));
+    }
+
+    #[test]
+    fn wrong_bytes_are_refused_with_the_type() {
+        assert_eq!(
+            message(decode::<u32>(Codec::Bincode, &[1, 2, 3])),
+            "u32: the bytes end before the value does; if the type describes itself (serde_json::Value, enums that \
+             are untagged or internally tagged, `flatten`, `skip_serializing_if`), use Codec::Json"
+        );
+        assert_eq!(
+            message(decode::<u8>(Codec::Bincode, &[1, 2])),
+            "u8: bytes are left over behind the value; if the type describes itself (serde_json::Value, enums that \
+             are untagged or internally tagged, `flatten`, `skip_serializing_if`), use Codec::Json"
+        );
+        assert_eq!(
+            message(decode::<u8>(Codec::Json, b"1 2")),
+            "u8: trailing characters at line 1 column 3"
+        );
+        assert_eq!(
+            message(encode_to_vec(Codec::Json, &BTreeMap::from([((1, 2), 3)]))),
+            "alloc::collections::btree::map::BTreeMap<(i32, i32), i32>: key must be a string; JSON takes only strings \
+             and numbers as keys of a map: use Codec::Bincode"
+        );
+    }
+
+    #[test]
+    fn length_beyond_the_bytes_takes_no_memory() {
+        let claim = u64::MAX.to_le_bytes();
+        assert!(decode::<String>(Codec::Bincode, &claim).is_err());
+        assert!(decode::<Vec<u64>>(Codec::Bincode, &claim).is_err());
+        let claim = (1_u64 << 40).to_le_bytes();
+        assert!(decode::<Vec<[u64; 16]>>(Codec::Bincode, &claim).is_err());
+    }
+
+    #[test]
+    fn value_that_changes_its_size_is_an_error() {
+        /// Longer, or shorter, each time it is looked at.
+        struct Restless {
+            len: Cell<usize>,
+            step: isize,
+        }
+        impl Serialize for Restless {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                let len = self.len.get();
+                self.len.set(len.wrapping_add_signed(self.step));
+                to.serialize_str(&"x".repeat(len))
+            }
+        }
+        for step in [1, -1] {
+            let len = Cell::new(5);
+            let restless = Restless { len, step };
+            assert_eq!(
+                message(encode_to_vec(Codec::Bincode, &restless)),
+                "netmcore_proc::codec::tests::value_that_changes_its_size_is_an_error::Restless: its encoding changed \
+                 its size while it was written; a value must not change while it is sent"
+            );
+        }
+    }
+
+    #[test]
+    fn failed_value_drops_its_place() {
+        struct Place<'a>(Vec<u8>, &'a Cell<bool>);
+        impl AsMut<[u8]> for Place<'_> {
+            fn as_mut(&mut self) -> &mut [u8] {
+                &mut self.0
+            }
+        }
+        impl Drop for Place<'_> {
+            fn drop(&mut self) {
+                self.1.set(true);
+            }
+        }
+        /// Is measured well, and then fails.
+        struct Second(Cell<bool>);
+        impl Serialize for Second {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                if self.0.replace(true) {
+                    return Err(serde::ser::Error::custom("not twice"));
+                }
+                to.serialize_u64(1)
+            }
+        }
+        let dropped = Cell::new(false);
+        let place = |size| Ok::<_, ()>(Place(vec![0; size], &dropped));
+        let Err(EncodeError::Codec(error)) =
+            encode(Codec::Bincode, &Second(Cell::new(false)), place)
+        else {
+            panic!("it was encoded");
+        };
+        assert_eq!(error.reason_and_hint(), "not twice");
+        assert!(dropped.get());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn values_come_back(value in shape()) {
+            for codec in [Codec::Bincode, Codec::Json] {
+                let bytes = encode_to_vec(codec, &value).unwrap();
+                prop_assert_eq!(decode::<Shape>(codec, &bytes), Ok(value.clone()));
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_decoded_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            for codec in [Codec::Bincode, Codec::Json] {
+                let _ = decode::<Shape>(codec, &bytes);
+                let _ = decode::<Vec<Shape>>(codec, &bytes);
+            }
+        }
     }
 }

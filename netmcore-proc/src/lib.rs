@@ -2,6 +2,7 @@
 
 mod backtrace;
 mod codec;
+pub mod dynamic;
 mod error;
 mod id;
 mod resource;
