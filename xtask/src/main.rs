@@ -1,2 +1,58 @@
-//! The workspace's own commands.
-fn main() {}
+//! The workspace's own commands: `cargo xtask ci`, `cargo xtask tidy`, `cargo xtask test-leaks`.
+//!
+//! | command | says |
+//! | --- | --- |
+//! | `ci [STEP…]` | everything that must hold before a change lands ([`ci`]) |
+//! | `tidy` | the rules that neither rustc nor clippy knows ([`tidy`]) |
+//! | `test-leaks [-- PROGRAM ARGS…]` | what a program leaves behind ([`test_leaks`]) |
+//!
+//! **Not here**: anything that a crate's own tests can show.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "printing is what these commands do")]
+
+use std::process::ExitCode;
+
+mod ci;
+mod source;
+mod test_leaks;
+mod tidy;
+mod workspace;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  ci [STEP…]       all steps, or the named ones; `ci --list` lists them
+  tidy             the rules that neither rustc nor clippy knows
+  test-leaks [--seed N] [--rounds N] [--mode namespace|record] [--jobs N] [--only TEXT]
+                   every test and example: what does it leave behind?
+  test-leaks [--mode …] [--kill-master] -- PROGRAM ARGS…
+                   the same for a program of your own";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) = match arguments.split_first() {
+        Some((command, rest)) => (command.as_str(), rest),
+        None => ("", &[][..]),
+    };
+    let outcome = match command {
+        "ci" => ci::run(rest),
+        "tidy" => tidy::run(rest),
+        "test-leaks" => test_leaks::run(rest),
+        test_leaks::PROBE => test_leaks::run_probe(rest),
+        "" | "help" | "--help" | "-h" => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        unknown => Err(format!("no such command: {unknown}\n\n{USAGE}")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            if !message.is_empty() {
+                eprintln!("xtask: {message}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! `cargo xtask ci`: everything that must hold before a change lands.
+//!
+//! **Steps** run in the order of [`STEPS`]; the first that fails ends the run. Whatever happens, the last lines are a table of
+//! times, the sum of all test results in cargo's format, and the same as `N passed, N failed, N skipped`.
+//!
+//! **Target folders**: all steps share one. Tests, doc tests and scratch packages use the dev profile and the same
+//! builds of the dependencies; clippy and the feature sets share their check artefacts; only the examples are built
+//! in release.
+//!
+//! **Not here**: installing anything. `.ci/run` does.
+
+use std::io::{BufRead, BufReader, Write as _};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::workspace::{Workspace, array, cargo, cargo_metadata, string};
+use crate::{test_leaks, tidy};
+
+mod counts;
+mod example;
+mod features;
+mod readme;
+
+use counts::Counts;
+
+/// What the steps share.
+struct Context {
+    workspace: Workspace,
+    counts: Counts,
+}
+
+type Step = fn(&mut Context) -> Result<(), String>;
+
+const STEPS: &[(&str, Step)] = &[
+    ("fmt", fmt),
+    ("clippy", clippy),
+    ("tidy", |_| tidy::run(&[])),
+    ("tests", tests),
+    ("doc-tests", doc_tests),
+    ("loom", loom),
+    ("docs", docs),
+    ("examples", example::all_in_release),
+    ("test-leaks", |_| test_leaks::run(&[])),
+    ("features", features::powerset),
+    ("single-crates", features::single_crates),
+    ("readmes", readme::all),
+    ("msrv", msrv),
+    ("deny", deny),
+];
+
+/// The command.
+pub fn run(arguments: &[String]) -> Result<(), String> {
+    if arguments.iter().any(|argument| argument == "--list") {
+        for (name, _) in STEPS {
+            println!("{name}");
+        }
+        return Ok(());
+    }
+    for argument in arguments {
+        if !STEPS.iter().any(|(name, _)| name == argument) {
+            return Err(format!("no such step: {argument}; `ci --list` lists them"));
+        }
+    }
+    let chosen = |name: &str| arguments.is_empty() || arguments.iter().any(|a| a == name);
+    let mut context = Context {
+        workspace: Workspace::read()?,
+        counts: Counts::default(),
+    };
+    let start = Instant::now();
+    let mut table = Vec::new();
+    let mut failure = None;
+    for (name, step) in STEPS.iter().filter(|(name, _)| chosen(name)) {
+        if failure.is_some() {
+            table.push(format!("{:>8}  {name}: not run", ""));
+            continue;
+        }
+        println!("\n=== {name}");
+        let began = Instant::now();
+        let outcome = step(&mut context);
+        let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+        table.push(format!(
+            "{:>7.1}s  {name}: {word}",
+            began.elapsed().as_secs_f64()
+        ));
+        if let Err(message) = outcome {
+            eprintln!("xtask: step {name} failed: {message}");
+            failure = Some(format!("step {name} failed: {message}"));
+        }
+    }
+    println!("\n=== summary");
+    for line in table {
+        println!("{line}");
+    }
+    println!("{:>7.1}s  in all", start.elapsed().as_secs_f64());
+    if let Some(failure) = &failure {
+        println!("xtask: {failure}");
+    }
+    let counts = context.counts;
+    println!(
+        "\n{}\n",
+        counts.as_cargo_test(failure.is_none(), start.elapsed())
+    );
+    println!("{counts}");
+    // The message has been printed; these counts are to stay the last line.
+    failure.map_or(Ok(()), |_| Err(String::new()))
+}
+
+fn fmt(context: &mut Context) -> Result<(), String> {
+    let mut command = cargo(&context.workspace.root);
+    check(command.args(["fmt", "--all", "--check"]))
+}
+
+fn clippy(context: &mut Context) -> Result<(), String> {
+    for features in [&[][..], &["--all-features"]] {
+        let mut command = cargo(&context.workspace.root);
+        command
+            .args(["clippy", "--workspace", "--all-targets"])
+            .args(features);
+        check(command.args(["--", "-D", "warnings", "-D", "clippy::incompatible_msrv"]))?;
+    }
+    Ok(())
+}
+
+fn tests(context: &mut Context) -> Result<(), String> {
+    let mut command = cargo(&context.workspace.root);
+    command.args([
+        "test",
+        "--workspace",
+        "--lib",
+        "--bins",
+        "--tests",
+        "--examples",
+    ]);
+    command.arg("--no-fail-fast");
+    count_tests(&mut command, &mut context.counts)
+}
+
+fn doc_tests(context: &mut Context) -> Result<(), String> {
+    let mut command = cargo(&context.workspace.root);
+    command.args(["test", "--workspace", "--doc", "--no-fail-fast"]);
+    count_tests(&mut command, &mut context.counts)
+}
+
+/// Test files called `loom….rs` are compiled once more, with loom's atomics instead of std's.
+fn loom(context: &mut Context) -> Result<(), String> {
+    let mut found = false;
+    for package in &context.workspace.packages {
+        for target in &package.targets {
+            if target.kind != "test" || !target.name.starts_with("loom") {
+                continue;
+            }
+            found = true;
+            let mut command = cargo(&context.workspace.root);
+            command.args([
+                "test",
+                "--release",
+                "-p",
+                &package.name,
+                "--test",
+                &target.name,
+            ]);
+            command.env("RUSTFLAGS", "--cfg loom");
+            if std::env::var_os("LOOM_MAX_PREEMPTIONS").is_none() {
+                command.env("LOOM_MAX_PREEMPTIONS", "3");
+            }
+            count_tests(&mut command, &mut context.counts)?;
+        }
+    }
+    if !found {
+        println!("no test file is called loom….rs");
+    }
+    Ok(())
+}
+
+fn docs(context: &mut Context) -> Result<(), String> {
+    let mut command = cargo(&context.workspace.root);
+    command.args(["doc", "--workspace", "--no-deps", "--all-features"]);
+    check(command.env("RUSTDOCFLAGS", "-Dwarnings"))
+}
+
+/// Checks with the oldest supported toolchain if it is installed; otherwise at least what the dependencies ask for.
+fn msrv(context: &mut Context) -> Result<(), String> {
+    let root = &context.workspace.root;
+    let metadata = cargo_metadata(root, &["--locked"])?;
+    let packages = array(&metadata["packages"]);
+    let ours = packages
+        .iter()
+        .find(|package| package["name"] == "netmcore");
+    let wanted = string(&ours.ok_or("the workspace has no netmcore")?["rust_version"]);
+    let toolchains = Command::new("rustup").args(["toolchain", "list"]).output();
+    let toolchains = toolchains.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let toolchains = toolchains.unwrap_or_default();
+    if toolchains.lines().any(|line| line.starts_with(&wanted)) {
+        let toolchain = format!("+{wanted}");
+        let mut command = cargo(root);
+        return check(command.args([&toolchain, "check", "--workspace", "--all-targets"]));
+    }
+    println!("no check with Rust {wanted}: that toolchain is not installed");
+    println!(
+        "instead: clippy::incompatible_msrv was denied, and no dependency may want a newer one"
+    );
+    let too_new: Vec<String> = packages
+        .iter()
+        .filter(|package| version(&string(&package["rust_version"])) > version(&wanted))
+        .map(|package| format!("{} wants {}", package["name"], package["rust_version"]))
+        .collect();
+    println!("{} packages looked at", packages.len());
+    if too_new.is_empty() {
+        Ok(())
+    } else {
+        Err(too_new.join(", "))
+    }
+}
+
+/// The numbers of a version, so that 1.9 comes before 1.88; none for an empty text.
+fn version(text: &str) -> Vec<u32> {
+    text.split('.')
+        .filter_map(|number| number.parse().ok())
+        .collect()
+}
+
+/// Licences, sources and duplicates; advisories need a database from the network and are looked at by hand.
+fn deny(context: &mut Context) -> Result<(), String> {
+    let installed = Command::new("cargo-deny").arg("--version").output();
+    if installed.is_err() {
+        println!("not run: cargo-deny is not installed");
+        return Ok(());
+    }
+    let mut command = cargo(&context.workspace.root);
+    check(command.args(["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}
+
+/// Runs a command to its end; an error if it fails.
+fn check(command: &mut Command) -> Result<(), String> {
+    announce(command);
+    let status = command.status();
+    let status = status.map_err(|error| format!("running {}: {error}", shown(command)))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("{}: {status}", shown(command)))
+    }
+}
+
+/// Runs a `cargo test`, passes its output on and adds its results to `counts`.
+fn count_tests(command: &mut Command, counts: &mut Counts) -> Result<(), String> {
+    announce(command);
+    let failed = |error| format!("running cargo test: {error}");
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(failed)?;
+    let mut here = Counts::default();
+    if let Some(output) = child.stdout.take() {
+        let mut output = BufReader::new(output);
+        let mut line = Vec::new();
+        // Tests may print anything, so lines are bytes.
+        while output.read_until(b'\n', &mut line).map_err(failed)? > 0 {
+            std::io::stdout().write_all(&line).map_err(failed)?;
+            here.add_line(&String::from_utf8_lossy(&line));
+            line.clear();
+        }
+    }
+    let status = child.wait().map_err(failed)?;
+    counts.add(&here);
+    if !status.success() {
+        return Err(format!("{}: {status}, {here}", shown(command)));
+    }
+    if here.failed > 0 {
+        return Err(format!(
+            "{} ended well and reported failures: {here}",
+            shown(command)
+        ));
+    }
+    Ok(())
+}
+
+/// Runs a program to its end or to `limit`, in which case it is killed by `timeout` with all its process group.
+fn check_within(limit: Duration, command: &Command) -> Result<(), String> {
+    let mut limited = Command::new("timeout");
+    limited.args(["--kill-after=5", &limit.as_secs().to_string()]);
+    limited.arg(command.get_program()).args(command.get_args());
+    if let Some(folder) = command.get_current_dir() {
+        limited.current_dir(folder);
+    }
+    check(limited.stdin(Stdio::null()))
+}
+
+fn announce(command: &Command) {
+    println!("$ {}", shown(command));
+}
+
+fn shown(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy()];
+    words.extend(
+        command
+            .get_args()
+            .map(|argument| argument.to_string_lossy()),
+    );
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests_of_versions {
+    use super::version;
+
+    #[test]
+    fn versions_compare_by_number() {
+        assert!(version("1.9") < version("1.88"));
+        assert!(version("1.88.1") > version("1.88"));
+        assert!(version("") < version("1.0"));
+    }
+}
