@@ -66,22 +66,22 @@ impl Source {
         false
     }
 
-    /// Whether the file says `#![LEVEL(… LINT …)]`.
+    /// Whether an attribute `#![…]` sets `lint` to `level`, under a condition or not.
     pub fn has_inner_lint(&self, level: &str, lint: &str) -> bool {
         self.has_lint("#![", level, lint)
     }
 
-    /// Whether the file says `#[LEVEL(… LINT …)]` somewhere.
+    /// Whether an attribute `#[…]` does, somewhere in the file.
     pub fn has_outer_lint(&self, level: &str, lint: &str) -> bool {
         self.has_lint("#[", level, lint)
     }
 
-    fn has_lint(&self, open: &str, level: &str, lint: &str) -> bool {
-        let opening = format!("{open}{level}(");
-        self.code.match_indices(&opening).any(|(at, _)| {
+    fn has_lint(&self, opening: &str, level: &str, lint: &str) -> bool {
+        self.code.match_indices(opening).any(|(at, _)| {
             let rest = &self.code[at + opening.len()..];
-            let inside = &rest[..rest.find(")]").unwrap_or(rest.len())];
-            words(inside, lint).next().is_some()
+            let inside = &rest[..rest.find(']').unwrap_or(rest.len())];
+            let level = words(inside, level).next();
+            level.is_some_and(|level| words(&inside[level..], lint).next().is_some())
         })
     }
 
@@ -314,6 +314,8 @@ mod tests {
         assert!(!source.has_inner_lint("forbid", "unsafe_code"));
         let source = Source::new("x.rs", "#[allow(unsafe_code)]\nmod x;");
         assert!(source.has_outer_lint("allow", "unsafe_code"));
+        let source = Source::new("x.rs", "#![cfg_attr(x, allow(unsafe_code))]");
+        assert!(source.has_inner_lint("allow", "unsafe_code"));
         let source = Source::new("x.rs", "// #![allow(unsafe_code)]");
         assert!(!source.has_inner_lint("allow", "unsafe_code"));
     }

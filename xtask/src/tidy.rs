@@ -157,8 +157,11 @@ mod tests {
             "netmcore-sys/tests/shm.rs",
             "//! unsafe, libc, todo! in words only.\nnetmcore_forktest::forktests!(a);\nfn a() {\n    // sleep: lets the child run first, which no assertion relies on.\n    std::thread::sleep(SHORT);\n}\n",
         ));
-        let mut forktest = package("netmcore-forktest", "netmcore-sys/forktest", "//! Runs.\n");
-        forktest.readme = Some("# netmcore-forktest\n".to_owned());
+        let forktest = package(
+            "netmcore-forktest",
+            "netmcore-sys/forktest",
+            "//! Runs.\n//!\n//! # Safety\n//!\n//! Values only.\n\n#![allow(unsafe_code)]\n\n// SAFETY: no duties.\nunsafe impl A for B {}\n",
+        );
         let mut proc = package(
             "netmcore-proc",
             "netmcore-proc",
@@ -194,7 +197,10 @@ mod tests {
             "netmcore",
             "//! Facade.\n#![forbid(unsafe_code)]\npub use netmcore_proc as proc;\n",
         );
-        facade.dependencies = vec![dependency("netmcore-proc", DependencyKind::Normal)];
+        facade.dependencies = vec![
+            dependency("netmcore-proc", DependencyKind::Normal),
+            dependency("netmcore", DependencyKind::Dev),
+        ];
         Workspace {
             root: PathBuf::from("/nowhere"),
             target_directory: PathBuf::from("/nowhere/target"),

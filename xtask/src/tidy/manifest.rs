@@ -102,7 +102,9 @@ fn edge_is_drawn(
         .any(|(name, targets)| *name == from.name && targets.contains(&to.name.as_str()));
     let drawn_for_tests =
         in_tests && from.name != "xtask" && EDGES_OF_TESTS.contains(&to.name.as_str());
-    owned || owner_in_tests || drawn || drawn_for_tests
+    // A crate may ask itself for a feature that its tests and examples need.
+    let itself = in_tests && from.name == to.name;
+    owned || owner_in_tests || drawn || drawn_for_tests || itself
 }
 
 /// The package in whose folder an undrawn `package` lies.
@@ -169,12 +171,14 @@ fn is_used(package: &Package, dependency: &Dependency) -> bool {
             sources.any(|source| source.path == script && names(&source.code))
         }
         DependencyKind::Dev => {
-            // Declared twice for the sake of a feature: the normal declaration answers for its use.
+            // Declared for the sake of a feature: the normal declaration, or the crate itself, answers for its use.
+            let itself = dependency.package == package.name;
             let normal = package.dependencies.iter().any(|other| {
                 other.kind == DependencyKind::Normal && other.package == dependency.package
             });
             let mut sources = package.sources.iter();
             normal
+                || itself
                 || sources.any(|source| names(&source.code) || names(&source.comments))
                 || package.readme.as_deref().is_some_and(names)
         }

@@ -32,6 +32,12 @@ pub fn forbidden(workspace: &Workspace) -> Vec<Finding> {
 pub fn modules(workspace: &Workspace) -> Vec<Finding> {
     let mut findings = Vec::new();
     for package in &workspace.packages {
+        let src = package.folder.join("src");
+        let mut files = package
+            .sources
+            .iter()
+            .filter(|file| file.path.starts_with(&src));
+        let has_modules = files.nth(1).is_some();
         for source in &package.sources {
             let first = words(&source.code, "unsafe").next();
             let allows = source.has_inner_lint("allow", "unsafe_code");
@@ -39,7 +45,7 @@ pub fn modules(workspace: &Workspace) -> Vec<Finding> {
             if source.has_outer_lint("allow", "unsafe_code") {
                 find("allows unsafe code for one item: a module file allows it for itself");
             }
-            if allows && package.is_crate_root(&source.path) {
+            if allows && has_modules && package.is_crate_root(&source.path) {
                 find("allows unsafe code for the whole crate: a module file allows it for itself");
             }
             if allows && first.is_none() {
