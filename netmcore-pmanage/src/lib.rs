@@ -1,6 +1,7 @@
 //! The record of kernel-persistent objects, and recovery from it.
 #![forbid(unsafe_code)]
 
+pub mod controller;
 pub mod error;
 pub mod liveness;
 pub mod log;
@@ -9,6 +10,7 @@ pub mod record;
 pub mod recovery;
 pub mod trust;
 
+pub use controller::ControllerSocket;
 pub use error::{Error, Result};
 pub use liveness::Liveness;
 pub use log::Log;

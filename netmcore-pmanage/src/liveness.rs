@@ -147,9 +147,16 @@ impl Liveness {
         fd
     }
 
-    pub(crate) fn is_of(&self, dir: &Path) -> Result<bool> {
+    /// Panics unless this is the lock of `dir`: it would prove nothing.
+    pub(crate) fn assert_of(&self, dir: &Path) -> Result<()> {
         let look = |dir: &Path| fs::metadata(dir).on(dir, "cannot look at");
-        Ok(trust::is_same_file(&look(&self.dir)?, &look(dir)?))
+        assert!(
+            trust::is_same_file(&look(&self.dir)?, &look(dir)?),
+            "the lock of {} says nothing about {}",
+            self.dir.display(),
+            dir.display()
+        );
+        Ok(())
     }
 }
 

@@ -165,12 +165,7 @@ impl Recovery {
 ///
 /// Killed at any point, it is run again with the same outcome.
 pub fn recover(dir: &Path, lock: &Liveness) -> Result<Recovery> {
-    assert!(
-        lock.is_of(dir)?,
-        "the lock of {} does not prove that the program in {} is dead",
-        lock.dir().display(),
-        dir.display()
-    );
+    lock.assert_of(dir)?;
     clean(&Files::in_directory(dir)?.lock_unsettled()?)
 }
 
