@@ -1,1 +1,11 @@
 //! Shared memory at one address: objects, arena, pages and blocks.
+
+pub mod anon;
+pub mod arena;
+pub mod error;
+pub mod headroom;
+
+pub use anon::AnonRegion;
+pub use arena::{Arena, Place};
+pub use error::{Corrupt, Error, Result, SpaceLimit};
+pub use headroom::{Headroom, headroom};
