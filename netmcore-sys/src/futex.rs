@@ -105,7 +105,8 @@ pub enum Woken {
     Changed,
     /// The deadline came.
     TimedOut,
-    /// A signal handler ran (`EINTR`).
+    /// A signal handler ran that was installed without `SA_RESTART` (`EINTR`). After other handlers the wait
+    /// goes on by itself.
     Interrupted,
 }
 
@@ -116,7 +117,7 @@ pub enum Woken {
 ///
 /// # Blocking
 ///
-/// Until woken, the deadline, or a signal handler has run. With a deadline that is past: not at all.
+/// Until woken, the deadline, or a signal handler without `SA_RESTART` has run. With a deadline that is past: not at all.
 pub fn wait(word: &AtomicU32, expected: u32, deadline: Option<Deadline>) -> Woken {
     let timeout = deadline.map(Deadline::to_timespec);
     let waited = futex::wait_bitset(

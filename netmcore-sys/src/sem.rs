@@ -98,6 +98,7 @@ impl NamedSem {
     /// `ENOENT`; `EACCES`; `EINVAL` if the file of that name is not a semaphore; `EMFILE`.
     pub fn open(name: &ObjectName) -> Result<NamedSem> {
         check_name(name)?;
+        check_file(name)?;
         open_by_c_library(name, 0, 0, 0)
     }
 
@@ -264,26 +265,47 @@ fn create_whole(name: &ObjectName, initial: u32, mode: u32) -> Result<Created> {
     (&file).write_all(bytes).during("sem_open", name)?;
 
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let file_name = &name.as_bytes()[1..];
-    let path = [
-        shm::MOUNT.as_bytes(),
-        b"/",
-        shm::SEMAPHORE_PREFIX.as_bytes(),
-        file_name,
-    ]
-    .concat();
     crate::crash_point!("sys.sem.create_unlinked");
-    match rustix::fs::linkat(CWD, unnamed, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+    match rustix::fs::linkat(CWD, unnamed, CWD, path_of(name), AtFlags::SYMLINK_FOLLOW) {
         // No /proc.
         Err(rustix::io::Errno::NOENT) => Ok(Created::Unsupported),
         linked => linked.map(|()| Created::Whole).during("sem_open", name),
     }
 }
 
+/// Refuses a file that is too short to be a semaphore: glibc would map it, and an empty one is a `SIGBUS` at first use.
+#[cfg(target_env = "gnu")]
+fn check_file(name: &ObjectName) -> Result<()> {
+    match rustix::fs::stat(path_of(name)) {
+        Ok(stat) if stat.st_size < MemSem::SIZE as _ => {
+            Err(SysError::new("sem_open", name.to_string(), Errno::EINVAL))
+        }
+        // What else may be wrong, sem_open will say.
+        _ => Ok(()),
+    }
+}
+
+#[cfg(target_env = "gnu")]
+fn path_of(name: &ObjectName) -> Vec<u8> {
+    let file_name = &name.as_bytes()[1..];
+    [
+        shm::MOUNT.as_bytes(),
+        b"/",
+        shm::SEMAPHORE_PREFIX.as_bytes(),
+        file_name,
+    ]
+    .concat()
+}
+
 /// Other C libraries keep the file elsewhere.
 #[cfg(not(target_env = "gnu"))]
 fn create_whole(_: &ObjectName, _: u32, _: u32) -> Result<Created> {
     Ok(Created::Unsupported)
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn check_file(_: &ObjectName) -> Result<()> {
+    Ok(())
 }
 
 /// A semaphore in memory, which may be shared between processes: `sem_init(3)`.
