@@ -167,25 +167,25 @@ fn resolve(address: u64) -> Vec<Frame> {
 
 /// Cuts off what is not the user's, at both ends; gives all when nothing would be left.
 fn trim(frames: &[Frame]) -> &[Frame] {
-    let name = |frame: &Frame| frame.function.clone().unwrap_or_default();
-    let bottom = frames
-        .iter()
-        .position(|frame| is_bottom(&name(frame)))
-        .unwrap_or(frames.len());
-    let above = &frames[..bottom];
+    let position = |is_it: fn(&str) -> bool| {
+        let function = |frame: &Frame| frame.function.as_deref().is_some_and(is_it);
+        frames.iter().position(function)
+    };
+    let bottom = position(is_bottom).unwrap_or(frames.len());
     // The hook that captured may be anybody's, so it is found by what called it, not by its own name. A panic in a
     // destructor during unwinding has the machinery twice; only the upper one is cut.
-    let top = above
-        .iter()
-        .position(|frame| is_panic_entry(&name(frame)))
-        .unwrap_or(0);
-    let is_machinery =
-        |frame: &&Frame| is_capture(&name(frame)) || is_panic_machinery(&name(frame));
-    let top = top + above[top..].iter().take_while(is_machinery).count();
-    if top == above.len() {
-        frames
-    } else {
-        &above[top..]
+    let top = match (position(is_panic_entry), position(is_capture)) {
+        (Some(entry), _) => entry,
+        (None, Some(capture)) => capture + 1,
+        (None, None) => 0,
+    };
+    let Some(users) = frames.get(top..bottom) else {
+        return frames;
+    };
+    let is_machinery = |frame: &&Frame| frame.function.as_deref().is_some_and(is_panic_machinery);
+    match &users[users.iter().take_while(is_machinery).count()..] {
+        [] => frames,
+        users => users,
     }
 }
 
@@ -195,9 +195,8 @@ fn is_bottom(function: &str) -> bool {
 }
 
 fn is_capture(function: &str) -> bool {
-    let function = function.trim_start_matches('<');
-    function.starts_with("backtrace::")
-        || function.starts_with("netmcore_proc::backtrace::Backtrace")
+    function.starts_with("netmcore_proc::backtrace::Backtrace::capture")
+        || function.starts_with("<netmcore_proc::backtrace::Backtrace>::capture")
 }
 
 fn is_panic_entry(function: &str) -> bool {
@@ -210,4 +209,200 @@ fn is_panic_machinery(function: &str) -> bool {
         || function.starts_with("std::panic::panic_any")
         || function.starts_with("core::panicking::")
         || (function.starts_with("core::") && function.ends_with("_failed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::panic::{self, catch_unwind};
+
+    use super::*;
+    use crate::codec::{Codec, decode, encode_to_vec};
+    use crate::error::Failure;
+
+    thread_local! {
+        static LAST: RefCell<Option<Failure>> = const { RefCell::new(None) };
+    }
+
+    /// What the hook makes of the panic of `f`, which is called as a worker calls it.
+    fn failure_of(f: fn()) -> (String, Option<String>, Backtrace) {
+        static HOOK: std::sync::Once = std::sync::Once::new();
+        // Other tests may panic in other threads: the hook only adds.
+        HOOK.call_once(|| {
+            let former = panic::take_hook();
+            panic::set_hook(Box::new(move |info| {
+                LAST.set(Some(Failure::panicked(info)));
+                former(info);
+            }));
+        });
+        catch_unwind(|| user_code(f)).unwrap_err();
+        match LAST.take() {
+            Some(Failure::Panicked {
+                message,
+                location,
+                backtrace,
+            }) => (message, location, backtrace),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The functions in the printed form.
+    fn functions(backtrace: &Backtrace) -> Vec<String> {
+        let printed = backtrace.to_string();
+        let lines = printed
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("at "));
+        lines
+            .map(|line| line.split_once(": ").unwrap().1.to_string())
+            .collect()
+    }
+
+    #[inline(never)]
+    fn gives_up() {
+        panic!("gave up after {} tries", std::hint::black_box(3));
+    }
+
+    #[inline(never)]
+    fn calls_one_that_gives_up() {
+        gives_up();
+        std::hint::black_box(());
+    }
+
+    #[inline(never)]
+    fn unwraps_nothing() {
+        std::hint::black_box(None::<u8>).unwrap();
+    }
+
+    #[inline(never)]
+    fn indexes_beyond_the_end() {
+        let empty: &[u8] = std::hint::black_box(&[]);
+        std::hint::black_box(empty[1]);
+    }
+
+    #[inline(never)]
+    fn panics_with_a_number() {
+        panic::panic_any(7_u8);
+    }
+
+    #[inline(never)]
+    fn panics_at_length() {
+        panic!("{}", "é".repeat(1 << 16));
+    }
+
+    #[test]
+    fn panic_shows_the_users_frames_and_no_others() {
+        let (message, location, backtrace) = failure_of(calls_one_that_gives_up);
+        assert_eq!(message, "gave up after 3 tries");
+        let location = location.unwrap();
+        assert!(location.contains("src/backtrace.rs:"), "{location}");
+        let functions = functions(&backtrace);
+        let module = "netmcore_proc::backtrace::tests";
+        assert_eq!(functions[0], format!("{module}::gives_up"), "{backtrace}");
+        assert_eq!(
+            functions[1],
+            format!("{module}::calls_one_that_gives_up"),
+            "{backtrace}"
+        );
+        assert!(backtrace.to_string().contains(&location) || !has_lines(&backtrace));
+        // At most the call through a pointer lies between the function and `user_code`.
+        assert!(functions.len() <= 3, "{backtrace}");
+    }
+
+    /// Whether this build has line tables.
+    fn has_lines(backtrace: &Backtrace) -> bool {
+        backtrace.to_string().contains(".rs:")
+    }
+
+    #[test]
+    fn machinery_of_each_kind_of_panic_is_left_out() {
+        for (f, name) in [
+            (unwraps_nothing as fn(), "unwraps_nothing"),
+            (indexes_beyond_the_end, "indexes_beyond_the_end"),
+            (panics_with_a_number, "panics_with_a_number"),
+        ] {
+            let (_, _, backtrace) = failure_of(f);
+            let functions = functions(&backtrace);
+            // An inlined `unwrap` or indexing may stand above it; it is where the user's code left it.
+            assert!(
+                functions
+                    .iter()
+                    .take(3)
+                    .any(|function| function.ends_with(name)),
+                "{backtrace}"
+            );
+            for function in &functions {
+                assert!(
+                    !function.contains("panicking") && !function.contains("user_code"),
+                    "{backtrace}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn panic_without_text_says_so() {
+        let (message, _, _) = failure_of(panics_with_a_number);
+        assert_eq!(message, "a value that is not text (by `panic_any`)");
+    }
+
+    #[test]
+    fn long_message_is_cut_between_characters() {
+        let (message, _, _) = failure_of(panics_at_length);
+        assert_eq!(message.chars().filter(|&c| c == 'é').count(), 1 << 15);
+        assert!(message.ends_with("é … and 65536 bytes more"));
+    }
+
+    #[test]
+    fn capture_outside_a_panic_begins_at_its_caller() {
+        #[inline(never)]
+        fn captures() -> Backtrace {
+            Backtrace::capture()
+        }
+        let backtrace = user_code(captures);
+        assert!(
+            functions(&backtrace)[0].ends_with("::captures"),
+            "{backtrace}"
+        );
+    }
+
+    #[test]
+    fn backtrace_survives_a_journey() {
+        let backtrace = Backtrace::capture();
+        let bytes = encode_to_vec(Codec::Bincode, &backtrace).unwrap();
+        let arrived: Backtrace = decode(Codec::Bincode, &bytes).unwrap();
+        assert_eq!(arrived, backtrace);
+        assert_eq!(arrived.to_string(), backtrace.to_string());
+    }
+
+    #[test]
+    fn addresses_are_resolved_once() {
+        let backtrace = Backtrace::capture();
+        backtrace.to_string();
+        let resolved = RESOLVED.lock().unwrap();
+        let resolved = resolved.as_ref().unwrap();
+        assert!(
+            backtrace
+                .addresses()
+                .iter()
+                .all(|address| resolved.contains_key(address))
+        );
+    }
+
+    #[test]
+    fn backtrace_of_another_image_has_no_names() {
+        let foreign = Backtrace {
+            image: image() + 4096,
+            addresses: vec![0x1000, 0x2000],
+        };
+        assert_eq!(
+            foreign.to_string(),
+            "captured in another image, so without names:\n   0: 0x1000\n   1: 0x2000"
+        );
+        let none = Backtrace {
+            image: 0,
+            addresses: vec![],
+        };
+        assert_eq!(none.to_string(), "no frames were captured");
+        assert_eq!(format!("{foreign:?}"), "Backtrace(2 frames)");
+    }
 }

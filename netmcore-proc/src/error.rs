@@ -6,6 +6,7 @@
 #![allow(dead_code)]
 
 use std::fmt;
+use std::panic::PanicHookInfo;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -208,6 +209,10 @@ pub enum Error {
         /// The number of the signal.
         signal: i32,
     },
+
+    /// The record of kernel-persistent objects, or the directory it is in, cannot be used.
+    #[error(transparent)]
+    Record(#[from] netmcore_pmanage::Error),
 
     /// What came from the peer of a connection was not what the protocol says.
     #[error("{doing}: {source}")]
@@ -552,7 +557,37 @@ pub(crate) enum Failure {
     ShutDown,
 }
 
+/// The longest part of a panic's message that is kept.
+const PANIC_MESSAGE_LIMIT_BYTES: usize = 64 << 10;
+
 impl Failure {
+    /// Records a panic; to be called in the panic hook, where the stack is still there.
+    pub(crate) fn panicked(info: &PanicHookInfo<'_>) -> Failure {
+        let payload = info.payload();
+        let text = match (
+            payload.downcast_ref::<&str>(),
+            payload.downcast_ref::<String>(),
+        ) {
+            (Some(text), _) => text,
+            (_, Some(text)) => text.as_str(),
+            _ => "a value that is not text (by `panic_any`)",
+        };
+        let mut kept_bytes = text.len().min(PANIC_MESSAGE_LIMIT_BYTES);
+        while !text.is_char_boundary(kept_bytes) {
+            kept_bytes -= 1;
+        }
+        let kept = &text[..kept_bytes];
+        let mut message = kept.to_string();
+        if kept.len() < text.len() {
+            message.push_str(&format!(" … and {} bytes more", text.len() - kept.len()));
+        }
+        Failure::Panicked {
+            message,
+            location: info.location().map(ToString::to_string),
+            backtrace: Backtrace::capture(),
+        }
+    }
+
     pub(crate) fn argument_undecodable(error: &CodecError) -> Failure {
         Failure::ArgumentUndecodable {
             type_name: error.type_name.into(),
@@ -635,19 +670,14 @@ fn no_resource(
     expected: Option<ResourceType>,
     found: Option<ResourceType>,
 ) -> String {
+    const GONE: &str = "it was never made in this run, or its last user has released it";
     match (expected, found) {
         (Some(expected), Some(found)) => {
-            format!("{id} is a {found}, and the call needs a {expected}")
+            format!("the call needs a {expected}, and {id} is a {found}")
         }
-        (Some(expected), None) => format!(
-            "there is no {expected} {id}: it was never made in this run, or its last user has released it"
-        ),
-        (None, Some(found)) => format!("{id} is a {found}, which the call does not take"),
-        (None, None) => {
-            format!(
-                "there is no {id}: it was never made in this run, or its last user has released it"
-            )
-        }
+        (Some(expected), None) => format!("there is no {expected} {id}: {GONE}"),
+        (None, Some(found)) => format!("the call does not take a {found}, which {id} is"),
+        (None, None) => format!("there is no {id}: {GONE}"),
     }
 }
 
@@ -676,6 +706,494 @@ impl fmt::Display for Signal {
             name if name.starts_with("SIG") => write!(f, "{name} (signal {})", self.0),
             // "real-time signal" or "no signal"
             words => write!(f, "{words} {}", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use netmcore_sys::{Errno, ObjectName};
+
+    use super::*;
+
+    fn process(number: u64) -> ProcessId {
+        ProcessId::from_raw(number)
+    }
+
+    fn resource(number: u64) -> ResourceId {
+        ResourceId::from_raw(number)
+    }
+
+    fn broken_disk() -> netmcore_pmanage::Error {
+        netmcore_pmanage::Error::Io {
+            path: "/run/job/netplex.pmanage".into(),
+            doing: "cannot open",
+            source: std::io::Error::from_raw_os_error(5),
+        }
+    }
+
+    /// Every variant, with the message that a user gets.
+    fn all_errors() -> Vec<(Error, &'static str)> {
+        vec![
+            (
+                Error::NoResource {
+                    id: resource(7),
+                    expected: Some(ResourceType::JoinPoint),
+                    found: Some(ResourceType::File),
+                },
+                "the call needs a join point, and Resource 7 is a temporary file",
+            ),
+            (
+                Error::NoResource {
+                    id: resource(7),
+                    expected: Some(ResourceType::PosixShmSc),
+                    found: None,
+                },
+                "there is no shared memory object with semaphore container Resource 7: it was never made in this run, \
+                 or its last user has released it",
+            ),
+            (
+                Error::NoResource {
+                    id: resource(7),
+                    expected: None,
+                    found: None,
+                },
+                "there is no Resource 7: it was never made in this run, or its last user has released it",
+            ),
+            (
+                Error::NoResource {
+                    id: resource(7),
+                    expected: None,
+                    found: Some(ResourceType::ForkPoint),
+                },
+                "the call does not take a fork point, which Resource 7 is",
+            ),
+            (
+                Error::NotAUser { id: resource(7) },
+                "this process does not use Resource 7: it never got it, or has released it as often as it got it",
+            ),
+            (
+                Error::AlreadyManaged {
+                    id: resource(7),
+                    wanted: "shared memory object /x with semaphore container /y".into(),
+                    found: "shared memory object /x".into(),
+                },
+                "cannot manage a shared memory object /x with semaphore container /y: it is managed as a shared memory \
+                 object /x (Resource 7); use that, or release it first",
+            ),
+            (
+                Error::NotInMaster {
+                    call: "self_process_id",
+                },
+                "`self_process_id` is refused in the master, which must never wait or compute: call it in a worker",
+            ),
+            (
+                Error::NotInWorker {
+                    call: "destroy_resources",
+                },
+                "`destroy_resources` is refused in a worker: call it in the master, before the run or in a hook",
+            ),
+            (
+                Error::NotRunning {
+                    call: "manage_file",
+                },
+                "`manage_file` needs a master, and this process has none: call it in a worker, in a hook of the master, \
+                 or after building a `Master`",
+            ),
+            (
+                Error::MultiThreaded { threads: 3 },
+                "cannot fork workers: this process has 3 threads, and a fork copies only the one that forks; start the \
+                 master before any thread (async runtimes and test harnesses start threads too), or use host mode",
+            ),
+            (
+                Error::ProcessTableFull { limit: 4096 },
+                "cannot start a process: the table is full, 4096 processes are neither joined nor detached; join or \
+                 detach some, or raise `process_limit`",
+            ),
+            (
+                Error::ShutDown,
+                "the master is shutting down: nothing new can be started",
+            ),
+            (
+                Error::MasterGone,
+                "the master process is gone: it died without shutting down; the next start on the same directory \
+                 cleans up",
+            ),
+            (
+                Error::Refused {
+                    doing: "create_shm(\"/part\", 4096)".into(),
+                    reason: "no space left in /dev/shm".into(),
+                },
+                "create_shm(\"/part\", 4096): the master refused: no space left in /dev/shm",
+            ),
+            (
+                Error::Encode {
+                    type_name: "app::Job",
+                    reason: "the mutex is poisoned".into(),
+                },
+                "cannot send a value of type app::Job: the mutex is poisoned",
+            ),
+            (
+                Error::Decode {
+                    type_name: "app::Job",
+                    reason: "the bytes end before the value does".into(),
+                },
+                "cannot read a value of type app::Job: the bytes end before the value does",
+            ),
+            (
+                Error::TypeMismatch {
+                    expected: "u32",
+                    found: "i64".into(),
+                },
+                "cannot unwrap a value as u32: it was wrapped as i64",
+            ),
+            (
+                Error::NotAFunctionOfThisProgram { address: 0xdead },
+                "cannot run the function at 0xdead: it is not in the code of this program as it was when the master \
+                 started (code loaded later cannot be spawned)",
+            ),
+            (
+                Error::PathTooLong {
+                    path: "/a/very/long/one".into(),
+                    limit: 107,
+                    len: 140,
+                },
+                "cannot use /a/very/long/one: a Unix socket needs a path of at most 107 bytes, and this one has 140; \
+                 choose a directory with a shorter path",
+            ),
+            (
+                Error::InvalidPath {
+                    path: "a\0b".into(),
+                    why: "it contains a NUL byte".into(),
+                },
+                "cannot use the path a\0b: it contains a NUL byte",
+            ),
+            (
+                Error::Deadlock {
+                    who: vec![process(1), process(4)],
+                    on_what: vec!["Process 4".into(), "the lock at 0x1000".into()],
+                },
+                "deadlock, so the run was ended: every worker waits without deadline and nothing is queued: Process 1 \
+                 waits for Process 4, Process 4 waits for the lock at 0x1000",
+            ),
+            (
+                Error::Signalled { signal: 15 },
+                "the run was ended by SIGTERM (signal 15)",
+            ),
+            (
+                ObjectName::new("x").unwrap_err().into(),
+                "object name \"x\" does not begin with a slash",
+            ),
+            (
+                Error::system("cannot fork a worker")(SysError::new("fork", "", Errno::EAGAIN)),
+                "cannot fork a worker: fork: Resource temporarily unavailable (EAGAIN)",
+            ),
+            (
+                broken_disk().into(),
+                "cannot open /run/job/netplex.pmanage: Input/output error (os error 5)",
+            ),
+            (
+                Error::Wire {
+                    doing: "release of Resource 7".into(),
+                    source: WireError::Truncated {
+                        have_bytes: 3,
+                        want_bytes: 12,
+                    },
+                },
+                "release of Resource 7: the connection ended in the middle of a message, after 3 of 12 bytes",
+            ),
+            (
+                Error::FirstProcess(JoinError::Exited {
+                    process: process(1),
+                    code: 3,
+                }),
+                "the first process has no result: join of Process 1: it exited with code 3 before it returned a result",
+            ),
+            (
+                Error::Join(JoinError::TimedOut {
+                    process: process(9),
+                }),
+                "join of Process 9: it had not ended when the deadline passed; it goes on, and can be joined later",
+            ),
+        ]
+    }
+
+    fn all_join_errors() -> Vec<(JoinError, &'static str)> {
+        let process = process(7);
+        let type_name = String::from("app::Job");
+        vec![
+            (
+                JoinError::Panicked {
+                    process,
+                    message: "index out of bounds".into(),
+                    location: Some("src/main.rs:3:5".into()),
+                    backtrace: Backtrace::capture(),
+                },
+                "join of Process 7: it panicked at src/main.rs:3:5: index out of bounds",
+            ),
+            (
+                JoinError::Panicked {
+                    process,
+                    message: "index out of bounds".into(),
+                    location: None,
+                    backtrace: Backtrace::capture(),
+                },
+                "join of Process 7: it panicked: index out of bounds",
+            ),
+            (
+                JoinError::Exited { process, code: 3 },
+                "join of Process 7: it exited with code 3 before it returned a result",
+            ),
+            (
+                JoinError::Killed {
+                    process,
+                    signal: 11,
+                    core_dumped: true,
+                },
+                "join of Process 7: it was killed by SIGSEGV (signal 11), and the kernel wrote a core file",
+            ),
+            (
+                JoinError::Killed {
+                    process,
+                    signal: 9,
+                    core_dumped: false,
+                },
+                "join of Process 7: it was killed by SIGKILL (signal 9) (sent by `kill`, by an administrator, or by \
+                 the kernel when memory ran out)",
+            ),
+            (
+                JoinError::Killed {
+                    process,
+                    signal: 40,
+                    core_dumped: false,
+                },
+                "join of Process 7: it was killed by real-time signal 40",
+            ),
+            (
+                JoinError::LimitExceeded {
+                    process,
+                    limit: ExceededLimit::MemoryBytes(1 << 20),
+                },
+                "join of Process 7: it was killed because it used more than its memory limit of 1048576 bytes; raise \
+                 `memory_limit` in its start options",
+            ),
+            (
+                JoinError::LimitExceeded {
+                    process,
+                    limit: ExceededLimit::Time(Duration::from_millis(1500)),
+                },
+                "join of Process 7: it was killed because it ran longer than its time limit of 1.5s; raise \
+                 `time_limit` in its start options",
+            ),
+            (
+                JoinError::ResultUndecodable {
+                    process,
+                    type_name: type_name.clone(),
+                    reason: "the bytes end before the value does".into(),
+                },
+                "join of Process 7: it finished, but its result cannot be read as app::Job: the bytes end before the \
+                 value does",
+            ),
+            (
+                JoinError::ArgumentUndecodable {
+                    process,
+                    type_name: type_name.clone(),
+                    reason: "the bytes end before the value does".into(),
+                },
+                "join of Process 7: it could not begin, because its argument cannot be read as app::Job: the bytes end \
+                 before the value does",
+            ),
+            (
+                JoinError::ResultNotDelivered {
+                    process,
+                    type_name,
+                    reason: "no memory left for 4096 bytes".into(),
+                },
+                "join of Process 7: it finished, but its result of type app::Job could not be stored: no memory left \
+                 for 4096 bytes",
+            ),
+            (
+                JoinError::NotStarted {
+                    process,
+                    reason: "fork: Resource temporarily unavailable (EAGAIN)".into(),
+                },
+                "join of Process 7: no worker could be forked for it: fork: Resource temporarily unavailable (EAGAIN)",
+            ),
+            (
+                JoinError::AlreadyJoined { process },
+                "join of Process 7: its result has been taken by another join; only the first one gets it",
+            ),
+            (
+                JoinError::WrongJoinPoint {
+                    process,
+                    expected: resource(2),
+                    found: resource(4),
+                },
+                "join of Process 7: it belongs to the join point Resource 2, and was joined through Resource 4",
+            ),
+            (
+                JoinError::NoResource {
+                    process,
+                    id: resource(4),
+                },
+                "join of Process 7: the join point Resource 4 does not exist, or has been released",
+            ),
+            (
+                JoinError::NoSuchProcess { process },
+                "join of Process 7: there is no such process in this run",
+            ),
+            (
+                JoinError::NotInMaster { process },
+                "join of Process 7: refused in the master, which must never wait: join in a worker, or use \
+                 `join_nowait`",
+            ),
+            (
+                JoinError::TimedOut { process },
+                "join of Process 7: it had not ended when the deadline passed; it goes on, and can be joined later",
+            ),
+            (
+                JoinError::ShutDown { process },
+                "join of Process 7: the master is shutting down, so it will not end with a result",
+            ),
+            (
+                JoinError::MasterGone { process },
+                "join of Process 7: the master process is gone, and its workers die with it",
+            ),
+            (
+                JoinError::WouldDeadlock { process },
+                "join of Process 7: a process cannot join itself: it would wait for ever",
+            ),
+            (
+                JoinError::Detached { process },
+                "join of Process 7: it was detached, so its result is dropped; start it without detaching to join it",
+            ),
+        ]
+    }
+
+    #[test]
+    fn every_error_says_what_failed_and_what_to_do() {
+        for (error, message) in all_errors() {
+            assert_eq!(error.to_string(), message);
+        }
+    }
+
+    #[test]
+    fn every_join_error_says_how_the_process_ended() {
+        for (error, message) in all_join_errors() {
+            assert_eq!(error.to_string(), message);
+            assert_eq!(error.process(), process(7));
+        }
+    }
+
+    #[test]
+    fn messages_are_one_lower_case_line_without_full_stop() {
+        let errors = all_errors().into_iter().map(|(error, _)| error.to_string());
+        let join_errors = all_join_errors()
+            .into_iter()
+            .map(|(error, _)| error.to_string());
+        for message in errors.chain(join_errors) {
+            assert!(!message.starts_with(char::is_uppercase), "{message}");
+            assert!(!message.ends_with('.'), "{message}");
+            assert!(
+                !message.contains(['\n']) && !message.contains("  "),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn source_leads_to_the_cause() {
+        let cause = SysError::new("fork", "", Errno::EAGAIN);
+        let error = Error::system("cannot fork a worker")(cause.clone());
+        let source = error.source().unwrap();
+        assert_eq!(source.downcast_ref::<SysError>(), Some(&cause));
+
+        let cause = JoinError::TimedOut {
+            process: process(1),
+        };
+        let error = Error::FirstProcess(cause.clone());
+        let source = error.source().unwrap();
+        assert_eq!(source.downcast_ref::<JoinError>(), Some(&cause));
+
+        let error = Error::from(broken_disk());
+        let source = error.source().unwrap();
+        let io = source.downcast_ref::<std::io::Error>().unwrap();
+        assert_eq!(io.raw_os_error(), Some(5));
+    }
+
+    #[test]
+    fn alternate_form_of_a_panic_adds_the_backtrace() {
+        for (error, message) in all_join_errors() {
+            let long = format!("{error:#}");
+            match error.backtrace() {
+                Some(backtrace) => {
+                    assert_eq!(long, format!("{message}\nstack backtrace:\n{backtrace}"))
+                }
+                None => assert_eq!(long, message),
+            }
+        }
+    }
+
+    #[test]
+    fn errors_travel() {
+        for (error, _) in all_join_errors() {
+            let bytes = crate::codec::encode_to_vec(crate::Codec::Bincode, &error).unwrap();
+            assert_eq!(
+                crate::codec::decode::<JoinError>(crate::Codec::Bincode, &bytes),
+                Ok(error)
+            );
+        }
+    }
+
+    #[test]
+    fn failure_becomes_the_join_error_of_its_process() {
+        let reason = String::from("because");
+        let type_name = String::from("u8");
+        let backtrace = Backtrace::capture();
+        for (failure, expected) in [
+            (
+                Failure::Panicked {
+                    message: "no".into(),
+                    location: None,
+                    backtrace: backtrace.clone(),
+                },
+                JoinError::Panicked {
+                    process: process(3),
+                    message: "no".into(),
+                    location: None,
+                    backtrace,
+                },
+            ),
+            (
+                Failure::NotStarted {
+                    reason: reason.clone(),
+                },
+                JoinError::NotStarted {
+                    process: process(3),
+                    reason: reason.clone(),
+                },
+            ),
+            (
+                Failure::ResultNotDelivered {
+                    type_name: type_name.clone(),
+                    reason: reason.clone(),
+                },
+                JoinError::ResultNotDelivered {
+                    process: process(3),
+                    type_name,
+                    reason,
+                },
+            ),
+            (
+                Failure::ShutDown,
+                JoinError::ShutDown {
+                    process: process(3),
+                },
+            ),
+        ] {
+            assert_eq!(failure.into_join_error(process(3)), expected);
         }
     }
 }

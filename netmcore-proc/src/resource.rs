@@ -33,6 +33,7 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
+use netmcore_pmanage::KernelObject;
 use netmcore_sys::ObjectName;
 use serde::{Deserialize, Serialize};
 
@@ -166,6 +167,24 @@ impl ResourceRepr {
             ResourceRepr::PosixShmPreallocatedSc { prefix, .. }
             | ResourceRepr::PosixShmSc { prefix, .. } => Some(prefix),
             _ => None,
+        }
+    }
+
+    /// What outlives the program and stands in the record, in the order of creation: nothing for the two kinds of points.
+    pub(crate) fn kernel_objects(&self) -> Vec<KernelObject> {
+        let container =
+            |prefix: &ObjectName| KernelObject::SemContainer(prefix.as_bytes().to_vec());
+        match self {
+            ResourceRepr::File(path) => vec![KernelObject::File(path.clone())],
+            ResourceRepr::ForkPoint(_) | ResourceRepr::JoinPoint(_) => vec![],
+            ResourceRepr::PosixSem(name) => vec![KernelObject::PosixSem(name.clone())],
+            ResourceRepr::PosixShm(name) | ResourceRepr::PosixShmPreallocated { name, .. } => {
+                vec![KernelObject::PosixShm(name.clone())]
+            }
+            ResourceRepr::PosixShmPreallocatedSc { name, prefix, .. }
+            | ResourceRepr::PosixShmSc { name, prefix } => {
+                vec![KernelObject::PosixShm(name.clone()), container(prefix)]
+            }
         }
     }
 
@@ -965,7 +984,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             Error::from(error).to_string(),
-            "Resource 1 is a shared memory object, and the call needs a temporary file"
+            "the call needs a temporary file, and Resource 1 is a shared memory object"
         );
         assert_eq!(list(&table)[0].users, [(User::Master, 1)]);
     }

@@ -717,7 +717,7 @@ mod tests {
                     expected: Some(ResourceType::File),
                     found: Some(ResourceType::PosixSem),
                 },
-                "Resource 4 is a named semaphore, and the call needs a temporary file",
+                "the call needs a temporary file, and Resource 4 is a named semaphore",
             ),
             (
                 Error::NotAUser { id },
