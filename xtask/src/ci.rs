@@ -181,7 +181,8 @@ fn docs(context: &mut Context) -> Result<(), String> {
 /// Checks with the oldest supported toolchain if it is installed; otherwise at least what the dependencies ask for.
 fn msrv(context: &mut Context) -> Result<(), String> {
     let root = &context.workspace.root;
-    let metadata = cargo_metadata(root, &["--locked"])?;
+    // Without the filter cargo downloads what other systems need.
+    let metadata = cargo_metadata(root, &["--locked", "--filter-platform", &host()?])?;
     let packages = array(&metadata["packages"]);
     let ours = packages
         .iter()
@@ -212,8 +213,19 @@ fn msrv(context: &mut Context) -> Result<(), String> {
     }
 }
 
-/// The numbers of a version, so that 1.9 comes before 1.88; none for an empty text.
+/// The platform that rustc builds for.
+fn host() -> Result<String, String> {
+    let output = Command::new("rustc").arg("-vV").output();
+    let output = output.map_err(|error| format!("running rustc: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned)
+        .ok_or_else(|| "rustc -vV names no host".to_owned())
+}
+
+/// The numbers of a version, so that 1.9 comes before 1.88 and 1.88.0 is the same; none for an empty text.
 fn version(text: &str) -> Vec<u32> {
+    let text = text.strip_suffix(".0").unwrap_or(text);
     text.split('.')
         .filter_map(|number| number.parse().ok())
         .collect()
@@ -305,6 +317,7 @@ mod tests_of_versions {
     fn versions_compare_by_number() {
         assert!(version("1.9") < version("1.88"));
         assert!(version("1.88.1") > version("1.88"));
+        assert!(version("1.88.0") == version("1.88"));
         assert!(version("") < version("1.0"));
     }
 }

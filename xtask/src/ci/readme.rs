@@ -17,20 +17,25 @@ const WITHOUT_EXAMPLE: &[&str] = &["xtask", "netmcore-forktest"];
 pub fn all(context: &mut Context) -> Result<(), String> {
     let workspace = &context.workspace;
     let folder = std::env::temp_dir().join(format!("nmc-readmes-{}", std::process::id()));
-    let packages = workspace.packages.iter();
-    let mut packages = packages.filter(|package| {
+    let mut failures = Vec::new();
+    for package in &workspace.packages {
         let procedural = package
             .targets
             .iter()
             .any(|target| target.kind == "proc-macro");
-        !procedural && !WITHOUT_EXAMPLE.contains(&package.name.as_str())
-    });
-    let outcome = packages.try_for_each(|package| {
-        try_example(workspace, package, &folder)
-            .map_err(|error| format!("{}: {error}", package.name))
-    });
+        if procedural || WITHOUT_EXAMPLE.contains(&package.name.as_str()) {
+            continue;
+        }
+        if let Err(error) = try_example(workspace, package, &folder) {
+            failures.push(format!("{}: {error}", package.name));
+        }
+    }
     let _ = fs::remove_dir_all(&folder);
-    outcome
+    if failures.is_empty() {
+        Ok(())
+    } else {
+        Err(failures.join("; "))
+    }
 }
 
 fn try_example(workspace: &Workspace, package: &Package, folder: &Path) -> Result<(), String> {
