@@ -9,8 +9,8 @@
 //! two do not see each other.
 //!
 //! **If a process dies here.** The kernel closes its descriptors; a lock is free as soon as the last process
-//! that has a copy of its descriptor is gone. A process stopped or waiting to be reaped: a stopped one
-//! holds its locks, a zombie does not.
+//! that has a copy of its descriptor is gone. A stopped process holds its locks; a zombie, whose descriptors
+//! are closed, does not.
 //!
 //! **Not here.** POSIX record locks: they belong to the process, vanish when *any* descriptor of the file is
 //! closed, and do not exclude the threads of one process.

@@ -1,4 +1,6 @@
 //! System calls for process-parallel programs on Linux: owned, typed, tested against the kernel.
+//!
+#![doc = include_str!("../README.md")]
 
 pub mod crash;
 pub mod error;

@@ -1,5 +1,9 @@
 //! Guards against wrong beliefs about who excludes whom: the record is kept by a lock that must hold against POSIX locks
 //! of other programs, against this process itself, and across closes; liveness by one that forks inherit.
+//!
+//! # Safety
+//!
+//! Locks are asked for by `fcntl` on structures of the calling frame.
 
 #![allow(unsafe_code)]
 

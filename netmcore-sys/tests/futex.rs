@@ -1,5 +1,9 @@
 //! Guards against lost wake-ups and waits without end: a word changed before the sleep, a waker that died, a deadline
 //! in the past, a kernel that lacks `futex_waitv`.
+//!
+//! # Safety
+//!
+//! Handlers that do nothing, and a filter of system calls, are installed from structures of the calling frame.
 
 #![allow(unsafe_code)]
 
@@ -154,6 +158,7 @@ fn restarting_handler_does_not_end_the_wait() {
     });
     for _ in 0..20 {
         process::kill(child.pid, libc::SIGUSR1).unwrap();
+        // sleep: lets the child go back to sleep, so that most signals find it waiting; the outcome is the same if not.
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(child.has_ended(), None);

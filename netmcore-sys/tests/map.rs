@@ -1,5 +1,9 @@
 //! Guards against address ranges that are not where, or not as protected, as the code above believes: reservations that
 //! others land in, parts that stay accessible after unmapping, pages that keep what was given back.
+//!
+//! # Safety
+//!
+//! Mappings are made in ranges of the test's own and touched by volatile accesses only; where that is a signal, in a child.
 
 #![allow(unsafe_code)]
 

@@ -1,5 +1,9 @@
 //! Guards against semaphores that other programs cannot open, that appear half made, that leave files behind, and whose
 //! timed wait does not end.
+//!
+//! # Safety
+//!
+//! The C library's calls get valid names, and semaphores in a page that outlives them.
 
 #![allow(unsafe_code)]
 
@@ -117,6 +121,7 @@ fn signals_do_not_end_a_wait() {
     forked::until("the child handles the signal", || words.get(0) == 1);
     for round in 0..40 {
         process::kill(child.pid, libc::SIGUSR1).unwrap();
+        // sleep: lets the child go back to sleep, so that most signals find it waiting; the outcome is the same if not.
         std::thread::sleep(Duration::from_millis(1));
         if round == 20 {
             empty.post().unwrap();

@@ -1,5 +1,9 @@
 //! Guards against beliefs about shared memory objects that the kernel does not share: what survives unlinking and
 //! death, what a mapping beyond the end sees, and where lack of space is an error and where a signal.
+//!
+//! # Safety
+//!
+//! Mappings of the test's own are touched by volatile accesses only; where that is a signal, in a child. The mount is in a namespace of the test's own.
 
 #![allow(unsafe_code)]
 

@@ -111,6 +111,7 @@ fn children_left_are_killed() {
             break;
         }
         assert!(Instant::now() < limit, "{stat}");
+        // sleep: between two looks at the condition, not instead of it.
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -1,4 +1,8 @@
 //! A forked child for the test programs, and memory that it shares with them.
+//!
+//! # Safety
+//!
+//! The child of a fork leaves by `exit_now`. The shared memory is a page that is used through atomics only.
 
 #![allow(dead_code, reason = "each test program uses a part")]
 #![allow(unsafe_code)]
@@ -72,6 +76,7 @@ impl Child {
 /// Sleeps until somebody kills this process.
 pub fn sleep_for_ever() -> ! {
     loop {
+        // sleep: waits for nothing but the end.
         std::thread::sleep(Duration::from_secs(3600));
     }
 }
@@ -87,6 +92,7 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let limit = Instant::now() + Duration::from_secs(30);
     while !condition() {
         assert!(Instant::now() < limit, "in vain: {what}");
+        // sleep: between two looks at the condition, not instead of it.
         std::thread::sleep(Duration::from_micros(200));
     }
 }
