@@ -3,7 +3,7 @@
 //!
 //! # Safety
 //!
-//! Mappings of the test's own are touched by volatile accesses only; where that is a signal, in a child. The mount is in a namespace of the test's own.
+//! Mappings of the test's own are touched by volatile accesses only; where that is a signal, in a child.
 
 #![allow(unsafe_code)]
 
@@ -207,29 +207,8 @@ fn huge_mapping_of_a_small_object_costs_nothing() {
     assert_eq!(allocated_bytes(fd.as_fd()), MIB);
 }
 
-/// Puts a file system of 1 MiB in the place of /dev/shm, for this process only.
-fn make_shm_tiny() {
-    // SAFETY: system calls on this process and on C strings; it has no other thread.
-    unsafe {
-        if libc::unshare(libc::CLONE_NEWNS) != 0
-            && libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) != 0
-        {
-            netmcore_forktest::skip("no mount namespace of its own is allowed here");
-        }
-        let none = std::ptr::null();
-        let private = libc::MS_REC | libc::MS_PRIVATE;
-        let shm = c"/dev/shm".as_ptr();
-        let options = c"size=1m,mode=1777".as_ptr();
-        if libc::mount(none, c"/".as_ptr(), none, private, none.cast()) != 0
-            || libc::mount(c"tmpfs".as_ptr(), shm, c"tmpfs".as_ptr(), 0, options.cast()) != 0
-        {
-            netmcore_forktest::skip("no mount is allowed here");
-        }
-    }
-}
-
 fn truncate_past_free_space_succeeds_and_touching_is_sigbus() {
-    make_shm_tiny();
+    forked::mount_tiny_dev_shm();
     let object = Object::new();
     let fd = shm::create(&object.0, 0o600).unwrap();
     shm::set_len(fd.as_fd(), 2 * MIB).unwrap();
@@ -243,7 +222,7 @@ fn truncate_past_free_space_succeeds_and_touching_is_sigbus() {
 }
 
 fn allocate_past_free_space_is_enospc_and_takes_nothing() {
-    make_shm_tiny();
+    forked::mount_tiny_dev_shm();
     let object = Object::new();
     let fd = shm::create(&object.0, 0o600).unwrap();
     shm::allocate(fd.as_fd(), 0, MIB / 2).unwrap();
@@ -257,7 +236,7 @@ fn allocate_past_free_space_is_enospc_and_takes_nothing() {
 }
 
 fn populate_past_free_space_is_an_error() {
-    make_shm_tiny();
+    forked::mount_tiny_dev_shm();
     let object = Object::new();
     let fd = shm::create(&object.0, 0o600).unwrap();
     shm::set_len(fd.as_fd(), 2 * MIB).unwrap();
@@ -270,7 +249,7 @@ fn populate_past_free_space_is_an_error() {
 }
 
 fn free_space_is_that_of_the_mount() {
-    make_shm_tiny();
+    forked::mount_tiny_dev_shm();
     let object = Object::new();
     let fd = shm::create(&object.0, 0o600).unwrap();
     let space = shm::free_space(fd.as_fd()).unwrap();

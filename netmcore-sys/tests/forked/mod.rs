@@ -2,7 +2,8 @@
 //!
 //! # Safety
 //!
-//! The child of a fork leaves by `exit_now`. The shared memory is a page that is used through atomics only.
+//! The child of a fork leaves by `exit_now`. The shared memory is a page that is used through atomics only. Mounts are made in a namespace of the
+//! test's own.
 
 #![allow(dead_code, reason = "each test program uses a part")]
 #![allow(unsafe_code)]
@@ -94,6 +95,27 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < limit, "in vain: {what}");
         // sleep: between two looks at the condition, not instead of it.
         std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Puts an empty file system of 1 MiB in the place of /dev/shm, for this process and its children only.
+pub fn mount_tiny_dev_shm() {
+    // SAFETY: system calls on this process and on C strings; it has no other thread.
+    unsafe {
+        if libc::unshare(libc::CLONE_NEWNS) != 0
+            && libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) != 0
+        {
+            netmcore_forktest::skip("no mount namespace of its own is allowed here");
+        }
+        let none = std::ptr::null();
+        let private = libc::MS_REC | libc::MS_PRIVATE;
+        let shm = c"/dev/shm".as_ptr();
+        let options = c"size=1m,mode=1777".as_ptr();
+        if libc::mount(none, c"/".as_ptr(), none, private, none.cast()) != 0
+            || libc::mount(c"tmpfs".as_ptr(), shm, c"tmpfs".as_ptr(), 0, options.cast()) != 0
+        {
+            netmcore_forktest::skip("no mount is allowed here");
+        }
     }
 }
 
