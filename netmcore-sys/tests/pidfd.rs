@@ -129,9 +129,8 @@ fn pidfd_closed_in_an_epoll_fires_for_ever_while_a_sibling_has_a_copy() {
     let epoll = Epoll::new().unwrap();
     let child = Child::fork(|| 0);
     epoll.add(&child.pidfd, 1, Interest::Read).unwrap();
-    let (ours, siblings) = line();
+    let (_ours, siblings) = line();
     let sibling = Child::fork(|| {
-        drop(ours);
         hear(&siblings);
         0
     });
@@ -154,9 +153,8 @@ fn pidfd_removed_before_its_close_is_silent() {
     let epoll = Epoll::new().unwrap();
     let child = Child::fork(|| 0);
     epoll.add(&child.pidfd, 1, Interest::Read).unwrap();
-    let (ours, siblings) = line();
+    let (_ours, siblings) = line();
     let sibling = Child::fork(|| {
-        drop(ours);
         hear(&siblings);
         0
     });

@@ -51,9 +51,8 @@ fn start_time_tells_processes_apart() {
     let before = process::start_time(Pid::this()).unwrap();
     // A tick is 10 ms: of children made one after the other, one must be in a later tick than the first.
     let later = (0..100_000).find(|_| {
-        let (ours, childs) = line();
+        let (_ours, childs) = line();
         let child = Child::fork(|| {
-            drop(ours);
             hear(&childs);
             0
         });
@@ -66,9 +65,8 @@ fn start_time_tells_processes_apart() {
 }
 
 fn zombie_is_told_from_the_living_and_the_gone() {
-    let (ours, childs) = line();
+    let (_ours, childs) = line();
     let child = Child::fork(|| {
-        drop(ours);
         hear(&childs);
         0
     });
