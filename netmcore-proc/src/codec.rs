@@ -8,6 +8,22 @@
 //! memory, usually), then writes straight into it: no intermediate copy with bincode. A value that changes its size
 //! between the two passes is an error, not an overrun. [`decode`] must use up all bytes.
 //!
+//! **Why bincode 1.3.** Version 3 is an empty release; 1.3.3 and 2.0.1 are both unmaintained (RUSTSEC-2025-0141; this
+//! file is the only one to change when a successor is chosen). Measured through serde, with fixed-width integers,
+//! nanoseconds, on 2 virtual cores under Linux 6.18:
+//!
+//! | value | bytes | encode, 1.3.3 | 2.0.1 | decode, 1.3.3 | 2.0.1 |
+//! |---|---|---|---|---|---|
+//! | struct of five numbers | 23 | 2.4 | 2.2 | 1.9 | 2.2 |
+//! | enum with four ids | 56 | 6.0 | 4.1 | 15 | 20 |
+//! | enum with a text | 53 | 3.8 | 4.1 | 28 | 30 |
+//! | ten strings and numbers | 218 | 35 | 34 | 194 | 212 |
+//! | 1000 `f64` | 8008 | 154 | 154 | 870 | 870 |
+//! | 1000 `u8` | 1008 | 27 | 27 | 560 | 850 |
+//!
+//! "Encode" is what [`encode`] does: size, then write in place. 2.0.1 into a growing `Vec` takes 29 to 146 ns for the first
+//! four, 1.3.3 takes 9 to 51.
+//!
 //! **Limits.** The slice is the limit: no length read from it is believed beyond the bytes that are there. (The number
 //! of elements that take no bytes, as in `Vec<()>`, has no such limit; no message of ours has such elements.)
 
@@ -109,11 +125,14 @@ where
                 }));
             };
             let mut place = place(size).map_err(EncodeError::Place)?;
-            let mut rest = exactly(place.as_mut(), size);
-            let written = bincode_options().serialize_into(&mut rest, value);
-            let unused = rest.len();
+            let mut filler = Filler {
+                place: exactly(place.as_mut(), size),
+                filled_bytes: 0,
+            };
+            let written = bincode_options().serialize_into(&mut filler, value);
+            let is_full = filler.filled_bytes == filler.place.len();
             match written {
-                Ok(()) if unused == 0 => Ok(place),
+                Ok(()) if is_full => Ok(place),
                 Ok(()) => Err(EncodeError::Codec(size_changed::<T>())),
                 Err(error) => Err(EncodeError::Codec(match *error {
                     bincode::ErrorKind::Io(ref io) if io.kind() == io::ErrorKind::WriteZero => {
@@ -160,6 +179,37 @@ pub(crate) fn decode<T: DeserializeOwned>(codec: Codec, bytes: &[u8]) -> Result<
 /// The one configuration: fixed-width little-endian integers, no limit but the slice, no bytes left over.
 fn bincode_options() -> impl bincode::Options {
     bincode::DefaultOptions::new().with_fixint_encoding()
+}
+
+/// Writes into a place from its start on. `&mut [u8]` does the same, but was measured three to a hundred times slower
+/// under bincode.
+struct Filler<'a> {
+    place: &'a mut [u8],
+    filled_bytes: usize,
+}
+
+impl io::Write for Filler<'_> {
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    /// Writes all or nothing.
+    #[inline]
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let rest = self.place.get_mut(self.filled_bytes..);
+        let Some(next) = rest.and_then(|rest| rest.get_mut(..bytes.len())) else {
+            return Err(io::ErrorKind::WriteZero.into());
+        };
+        next.copy_from_slice(bytes);
+        self.filled_bytes += bytes.len();
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// # Panics

@@ -210,6 +210,15 @@ pub enum Error {
         signal: i32,
     },
 
+    /// Shared memory could not be had, or is not as it should be.
+    #[error("{doing}: {}", with_causes(source))]
+    Memory {
+        /// What was being done, and to which object.
+        doing: String,
+        /// Which limit was met, or what is wrong.
+        source: netmcore_shm::Error,
+    },
+
     /// The record of kernel-persistent objects, or the directory it is in, cannot be used.
     #[error(transparent)]
     Record(#[from] netmcore_pmanage::Error),
@@ -237,6 +246,12 @@ impl Error {
     pub(crate) fn system(doing: impl Into<String>) -> impl FnOnce(SysError) -> Error {
         let doing = doing.into();
         move |source| Error::System { doing, source }
+    }
+
+    /// Makes an [`Error::Memory`], in the same way.
+    pub(crate) fn memory(doing: impl Into<String>) -> impl FnOnce(netmcore_shm::Error) -> Error {
+        let doing = doing.into();
+        move |source| Error::Memory { doing, source }
     }
 }
 
@@ -681,6 +696,21 @@ fn no_resource(
     }
 }
 
+/// An error's message with those of its causes, each once: some errors show their cause themselves.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !message.contains(&text) {
+            message.push_str(": ");
+            message.push_str(&text);
+        }
+        cause = error.source();
+    }
+    message
+}
+
 fn deadlock(who: &[ProcessId], on_what: &[String]) -> String {
     let mut message = String::from(
         "deadlock, so the run was ended: every worker waits without deadline and nothing is queued",
@@ -893,6 +923,25 @@ mod tests {
             (
                 broken_disk().into(),
                 "cannot open /run/job/netplex.pmanage: Input/output error (os error 5)",
+            ),
+            (
+                Error::memory("cannot store the argument of Process 7")(
+                    netmcore_shm::Error::NoSpace {
+                        limit: netmcore_shm::SpaceLimit::Machine,
+                        wanted_bytes: 4096,
+                        free_bytes: 100,
+                    },
+                ),
+                "cannot store the argument of Process 7: 4096 bytes of shared memory wanted, 100 available: the machine \
+                 has no more memory available",
+            ),
+            (
+                Error::memory("cannot create the control block")(netmcore_shm::Error::System {
+                    doing: "make room in /x".into(),
+                    source: SysError::new("fallocate", "/x", Errno::ENOSPC),
+                }),
+                "cannot create the control block: cannot make room in /x: fallocate of /x: No space left on device \
+                 (ENOSPC)",
             ),
             (
                 Error::Wire {
