@@ -6,8 +6,8 @@
 //!    handling only a part of the events.
 //! 2. Interruptions by signals are waited out; the deadline stays the one that was given.
 //!
-//! **If a process dies here**: an [`Epoll`] that forks share goes on with the registrations it has; those of the dead process's
-//! descriptors end when the last copy of each is closed. An [`EventFd`] keeps its count.
+//! **If a process dies here**: an [`Epoll`] that forks share goes on with the registrations
+//! it has; those of the dead process's descriptors end when the last copy of each is closed. An [`EventFd`] keeps its count.
 //!
 //! **Not here**: waiting on words in shared memory ([`crate::futex`]); the descriptors themselves
 //! ([`PidFd`](crate::process::PidFd), [`SignalFd`](crate::signal::SignalFd), [`crate::socket`]).

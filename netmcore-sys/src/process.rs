@@ -198,7 +198,8 @@ static GUARD_HANDLER: Once = Once::new();
 ///
 /// For a descriptor that means "a process of this program lives" (a `flock` that forks inherit on purpose): a
 /// grandchild made by some library would otherwise hold it for as long as it likes. The flag CLOEXEC is no help
-/// there, since it acts at `exec` only. Children made without libc's `fork` (`vfork`, `posix_spawn`, a bare
+/// there, since it acts at `exec` only. The child closes it on its way out of the fork, which may be later than the
+/// parent's. Children made without libc's `fork` (`vfork`, `posix_spawn`, a bare
 /// `clone`) do not run the handler; those that exec are covered by CLOEXEC.
 ///
 /// The registration is inherited by children, ours too. It is by number: call [`close_in_foreign_forks_forget`]

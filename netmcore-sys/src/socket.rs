@@ -10,9 +10,8 @@
 //! system when the listener is gone; connecting to it then is refused (`ECONNREFUSED`), and binding to it
 //! is `EADDRINUSE`, until it is unlinked.
 //!
-//! **Not here**: frames ([`netmcore-proc`]'s subject), waiting for several sockets ([`crate::poll`]).
-//!
-//! [`netmcore-proc`]: https://docs.rs/netmcore-proc
+//! **Not here**: what the bytes mean, where a message on a stream ends; waiting for several sockets
+//! ([`crate::poll`]).
 //!
 //! # Safety
 //!
@@ -72,7 +71,8 @@ impl fmt::Display for SocketError {
                 len_bytes,
             } => write!(
                 f,
-                "the path {} is too long for a socket: {len_bytes} bytes, where {limit_bytes} fit; use a shorter directory",
+                "the path {} is too long for a socket: {len_bytes} bytes, where {limit_bytes} fit; \
+                 use a shorter directory",
                 path.display()
             ),
             SocketError::Sys(error) => error.fmt(f),
@@ -296,7 +296,8 @@ pub enum Received {
     Bytes(usize),
     /// Nothing yet.
     WouldBlock,
-    /// Nothing ever again: the other side has closed, or died. (Also an empty message of a seqpacket socket; do not send any.)
+    /// Nothing ever again: the other side has closed, or died. (An empty message of a seqpacket socket
+    /// looks the same; do not send any.)
     Closed,
 }
 

@@ -128,6 +128,24 @@ mod tests {
     }
 
     #[test]
+    fn close_each_closes_what_close_range_would() {
+        // Numbers that no other test of this process uses.
+        let open = |base| {
+            let fd = OwnedFd::from(File::open("/dev/null").unwrap());
+            std::os::fd::IntoRawFd::into_raw_fd(move_above(fd, base).unwrap())
+        };
+        let numbers = [700, 705, 710, 711].map(open);
+        assert_eq!(numbers, [700, 705, 710, 711]);
+        // SAFETY: nobody owns these descriptors.
+        unsafe { close_each(700, 710) }.unwrap();
+        let left = |numbers: Vec<RawFd>| numbers.into_iter().filter(|fd| (700..800).contains(fd));
+        assert_eq!(left(open_descriptors().unwrap()).collect::<Vec<_>>(), [711]);
+        // SAFETY: as above.
+        unsafe { close_range(711, 711) }.unwrap();
+        assert_eq!(left(open_descriptors().unwrap()).count(), 0);
+    }
+
+    #[test]
     fn move_above_moves_and_closes_the_old_number() {
         let fd = OwnedFd::from(File::open("/dev/null").unwrap());
         let moved = move_above(fd, 200).unwrap();

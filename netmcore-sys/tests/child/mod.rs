@@ -19,7 +19,8 @@ pub struct Child {
 }
 
 impl Child {
-    /// Forks a child that runs `body` and exits with what that returns.
+    /// Forks a child that runs `body` and exits with what that returns. What `body` owns is dropped in the parent, too:
+    /// let it borrow.
     #[allow(unsafe_code)]
     pub fn fork(body: impl FnOnce() -> i32) -> Child {
         // SAFETY: the child leaves by `exit_now`, below, and drops nothing of the parent's before.
