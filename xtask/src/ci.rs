@@ -9,7 +9,7 @@
 //!
 //! **Not here**: installing anything. `.ci/run` does.
 
-use std::io::{BufRead, BufReader, Write as _};
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,9 @@ struct Context {
     workspace: Workspace,
     counts: Counts,
 }
+
+/// How long one `cargo test` may take in CI, building included.
+const TESTS_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 type Step = fn(&mut Context) -> Result<(), String>;
 
@@ -257,16 +260,24 @@ fn check(command: &mut Command) -> Result<(), String> {
 /// Runs a `cargo test`, passes its output on and adds its results to `counts`.
 fn count_tests(command: &mut Command, counts: &mut Counts) -> Result<(), String> {
     announce(command);
+    // A process group of its own does not hear the terminal's Ctrl-C, so people get no time limit.
+    let mut limited = within(TESTS_LIMIT, command);
+    let running = if std::env::var_os("CI").is_some() {
+        &mut limited
+    } else {
+        &mut *command
+    };
     let failed = |error| format!("running cargo test: {error}");
-    let mut child = command.stdout(Stdio::piped()).spawn().map_err(failed)?;
+    let mut child = running.stdout(Stdio::piped()).spawn().map_err(failed)?;
     let mut here = Counts::default();
     if let Some(output) = child.stdout.take() {
         let mut output = BufReader::new(output);
         let mut line = Vec::new();
         // Tests may print anything, so lines are bytes.
         while output.read_until(b'\n', &mut line).map_err(failed)? > 0 {
-            std::io::stdout().write_all(&line).map_err(failed)?;
-            here.add_line(&String::from_utf8_lossy(&line));
+            let text = String::from_utf8_lossy(&line);
+            print!("{text}");
+            here.add_line(&text);
             line.clear();
         }
     }
@@ -284,15 +295,22 @@ fn count_tests(command: &mut Command, counts: &mut Counts) -> Result<(), String>
     Ok(())
 }
 
-/// Runs a program to its end or to `limit`, in which case it is killed by `timeout` with all its process group.
-fn check_within(limit: Duration, command: &Command) -> Result<(), String> {
+/// `command` under `timeout`, which kills it with all its process group when `limit` has passed.
+fn within(limit: Duration, command: &Command) -> Command {
     let mut limited = Command::new("timeout");
     limited.args(["--kill-after=5", &limit.as_secs().to_string()]);
     limited.arg(command.get_program()).args(command.get_args());
     if let Some(folder) = command.get_current_dir() {
         limited.current_dir(folder);
     }
-    check(limited.stdin(Stdio::null()))
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => limited.env(name, value),
+            None => limited.env_remove(name),
+        };
+    }
+    limited.stdin(Stdio::null());
+    limited
 }
 
 fn announce(command: &Command) {
@@ -310,8 +328,14 @@ fn shown(command: &Command) -> String {
 }
 
 #[cfg(test)]
-mod tests_of_versions {
-    use super::version;
+mod unit_tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
 
     #[test]
     fn versions_compare_by_number() {
@@ -319,5 +343,31 @@ mod tests_of_versions {
         assert!(version("1.88.1") > version("1.88"));
         assert!(version("1.88.0") == version("1.88"));
         assert!(version("") < version("1.0"));
+    }
+
+    #[test]
+    fn failing_command_fails_its_step() {
+        assert_eq!(check(&mut shell("exit 0")), Ok(()));
+        assert!(check(&mut shell("exit 1")).is_err());
+        assert!(check(&mut Command::new("/nonexistent/program")).is_err());
+    }
+
+    #[test]
+    fn endless_command_fails_its_step() {
+        let second = Duration::from_secs(1);
+        assert!(check(&mut within(second, &shell("sleep 1000"))).is_err());
+    }
+
+    #[test]
+    fn failed_test_fails_its_step_and_is_counted() {
+        let mut counts = Counts::default();
+        let one_failed = "echo 'test result: FAILED. 2 passed; 1 failed; 0 ignored'";
+        assert!(count_tests(&mut shell(&format!("{one_failed}; exit 101")), &mut counts).is_err());
+        assert_eq!((counts.passed, counts.failed), (2, 1));
+        assert!(count_tests(&mut shell(one_failed), &mut counts).is_err());
+        assert_eq!((counts.passed, counts.failed), (4, 2));
+        let all_passed = "printf '\\377\\n'; echo 'test result: ok. 3 passed; 0 failed; 1 ignored'";
+        assert_eq!(count_tests(&mut shell(all_passed), &mut counts), Ok(()));
+        assert_eq!((counts.passed, counts.failed, counts.skipped), (7, 2, 1));
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::ci::{Context, check, check_within};
+use crate::ci::{Context, check, within};
 use crate::workspace::cargo;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -30,7 +30,7 @@ pub fn all_in_release(context: &mut Context) -> Result<(), String> {
         let directory = socket_directory(&example.name)?;
         let mut command = Command::new(program);
         command.arg("--socket-directory").arg(&directory);
-        let outcome = check_within(LIMIT, &command);
+        let outcome = check(&mut within(LIMIT, &command));
         let _ = std::fs::remove_dir_all(&directory);
         outcome?;
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::ci::{Context, check, check_within};
+use crate::ci::{Context, check, within};
 use crate::workspace::{Package, Workspace, cargo};
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -61,7 +61,7 @@ fn try_example(workspace: &Workspace, package: &Package, folder: &Path) -> Resul
     check(&mut build)?;
     let mut program = Command::new(workspace.target_directory.join("debug").join(&name));
     program.current_dir(&scratch);
-    check_within(LIMIT, &program)
+    check(&mut within(LIMIT, &program))
 }
 
 /// The profiles are the workspace's, so that its builds of the dependencies serve here too.
