@@ -7,13 +7,16 @@
 //! |---|---|---|
 //! | free | any | takes it, writes its own id and start time |
 //! | taken | lives | [`AlreadyRunning`](Error::AlreadyRunning) |
-//! | taken | dead, a zombie, or none named (yet) | waits until the lock is free or somebody else has it, at most 2 s; then [`StillDying`](Error::StillDying) |
+//! | taken | dead, a zombie, or none named (not yet, or not any more) | waits until the lock is free or somebody else has it, at most 2 s; then [`StillDying`](Error::StillDying) |
 //!
 //! **Invariants.**
 //! 1. The file is never removed, so two programs cannot hold the lock of two different files of this name. (If
 //!    somebody else removes it, a start that had opened it before looks again.)
 //! 2. The lock is never given up explicitly, since that would give it up for all processes that inherited it: it
 //!    goes with the last descriptor.
+//!
+//! A master that ends in order takes its name out of the file before it closes its descriptor, so that a start right
+//! after it waits for what is left of its processes rather than taking it for alive.
 //!
 //! **If a process dies here.** The kernel closes its descriptor. Killed after taking the lock and before writing the
 //! file: the file names the program before, which is dead, so the next start waits for the
@@ -51,8 +54,8 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 /// The proof that the program in a directory is this one, and that the last one is dead.
 ///
 /// Held for the whole run; inherited by forks made with [`netmcore_sys::process::fork`], and closed in all others
-/// ([`process::close_in_foreign_forks`]) and at `exec`. Dropping it closes this process's copy; the lock is free when no process has
-/// a copy any more. Code in a foreign fork must not drop it: the descriptor is closed there already.
+/// ([`process::close_in_foreign_forks`]) and at `exec`. Dropping it closes this process's copy, and in the process that took the
+/// lock says in the file that the master has ended; the lock is free when no process has a copy any more. Code in a foreign fork must not drop it: the descriptor is closed there already.
 ///
 /// ```
 /// use netmcore_pmanage::{Error, Liveness};
@@ -73,8 +76,10 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub struct Liveness {
     dir: PathBuf,
+    /// The process that took the lock, which the file names.
+    master: Pid,
     /// `None` only after [`into_fd`](Self::into_fd).
-    fd: Option<OwnedFd>,
+    file: Option<File>,
 }
 
 impl Liveness {
@@ -109,7 +114,8 @@ impl Liveness {
                 process::close_in_foreign_forks(file.as_raw_fd());
                 return Ok(Liveness {
                     dir,
-                    fd: Some(file.into()),
+                    master: Pid::this(),
+                    file: Some(file),
                 });
             }
             if let Some(pid) = live_master(&file).on(&path, "cannot read")? {
@@ -130,21 +136,18 @@ impl Liveness {
 
     /// The descriptor whose copies hold the lock.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd
+        self.file
             .as_ref()
-            .expect("the descriptor is there until into_fd")
+            .expect("the file is there until into_fd")
             .as_fd()
     }
 
     /// Gives up the type, not the lock: the descriptor's owner now has to see that it is inherited where it should be, and
     /// only there ([`process::close_in_foreign_forks`]).
     pub fn into_fd(mut self) -> OwnedFd {
-        let fd = self
-            .fd
-            .take()
-            .expect("the descriptor is there until into_fd");
-        process::close_in_foreign_forks_forget(fd.as_raw_fd());
-        fd
+        let file = self.file.take().expect("the file is there until into_fd");
+        process::close_in_foreign_forks_forget(file.as_raw_fd());
+        file.into()
     }
 
     /// Panics unless this is the lock of `dir`: it would prove nothing.
@@ -168,8 +171,11 @@ impl AsFd for Liveness {
 
 impl Drop for Liveness {
     fn drop(&mut self) {
-        if let Some(fd) = &self.fd {
-            process::close_in_foreign_forks_forget(fd.as_raw_fd());
+        let Some(file) = &self.file else { return };
+        process::close_in_foreign_forks_forget(file.as_raw_fd());
+        if self.master == Pid::this() {
+            // If this fails, a start while copies are left is told that we still run.
+            let _ = file.set_len(0);
         }
     }
 }

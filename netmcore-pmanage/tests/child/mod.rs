@@ -1,0 +1,51 @@
+//! Forked children of tests.
+//!
+//! # Safety
+//!
+//! The only unsafe call is the fork, in a test process that has one thread.
+
+#![allow(unsafe_code)]
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use netmcore_sys::process::{self, ExitStatus, Forked, Pid, PidFd};
+use netmcore_sys::signal::SIGKILL;
+
+pub struct Child {
+    pub pid: Pid,
+    pub pidfd: PidFd,
+}
+
+impl Child {
+    /// Forks a child that runs `body` and exits with code 0, or 101 if that panics.
+    pub fn fork(body: impl FnOnce()) -> Child {
+        // SAFETY: the child leaves by `exit_now`, below, and drops nothing of its parent's before.
+        match unsafe { process::fork() }.expect("a fork") {
+            Forked::Child => {
+                let ran = catch_unwind(AssertUnwindSafe(body));
+                process::exit_now(if ran.is_ok() { 0 } else { 101 })
+            }
+            Forked::Parent(pid) => {
+                let pidfd = PidFd::open(pid).expect("a pidfd of a child");
+                Child { pid, pidfd }
+            }
+        }
+    }
+
+    pub fn wait(self) -> ExitStatus {
+        self.pidfd.wait().expect("the child's status")
+    }
+
+    /// Waits for the end, which must be an exit with code 0.
+    #[track_caller]
+    pub fn succeeds(self) {
+        assert_eq!(self.wait(), ExitStatus::Exited { code: 0 });
+    }
+
+    /// Kills and reaps it.
+    pub fn kill(self) {
+        self.pidfd.send_signal(SIGKILL).expect("a kill");
+        self.wait();
+    }
+}

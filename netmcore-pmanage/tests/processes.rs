@@ -1,0 +1,256 @@
+//! Guards against lines that are lost or mixed when several processes and threads write at once, or one is killed while it
+//! writes, and against a lock that does not exclude or is lost by an unrelated close.
+
+mod child;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use child::Child;
+use netmcore_pmanage::log::RECORD_NAME;
+use netmcore_pmanage::record::Tail;
+use netmcore_pmanage::{KernelObject, Log};
+use netmcore_sys::file_lock::OfdGuard;
+use netmcore_sys::poll::{EventFd, wait_readable};
+use netmcore_sys::process::Pid;
+use netmcore_sys::signal::SIGKILL;
+use netmcore_sys::{futex::Deadline, process};
+
+netmcore_forktest::forktests!(
+    writers_in_processes_and_threads_lose_nothing,
+    killed_writer_loses_nothing_that_was_acknowledged,
+    lock_excludes_other_processes_and_threads,
+    log_works_on_both_sides_of_a_fork,
+    removed_record_is_made_anew,
+);
+
+fn container(name: String) -> KernelObject {
+    KernelObject::SemContainer(name.into_bytes())
+}
+
+fn writers_in_processes_and_threads_lose_nothing() {
+    const PROCESSES: usize = 4;
+    const THREADS: usize = 3;
+    const ROUNDS: usize = 60;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let log = Log::open(dir).unwrap();
+    let writers: Vec<Child> = (0..PROCESSES)
+        .map(|p| {
+            Child::fork(|| {
+                thread::scope(|scope| {
+                    for t in 0..THREADS {
+                        let log = &log;
+                        scope.spawn(move || {
+                            for round in 0..ROUNDS {
+                                let objects: Vec<_> = (0..3)
+                                    .map(|n| container(format!("/{p} {t} {round} {n}")))
+                                    .collect();
+                                log.register(&objects).unwrap();
+                                log.unregister(&objects[1..]).unwrap();
+                                assert!(log.registered().unwrap().contains(&objects[0]));
+                            }
+                        });
+                    }
+                });
+            })
+        })
+        .collect();
+    writers.into_iter().for_each(Child::succeeds);
+    let contents = log.contents().unwrap();
+    let mut expected = BTreeSet::new();
+    for p in 0..PROCESSES {
+        for t in 0..THREADS {
+            expected.extend((0..ROUNDS).map(|round| container(format!("/{p} {t} {round} 0"))));
+        }
+    }
+    assert_eq!(contents.objects, expected);
+    assert_eq!(contents.damaged, []);
+    assert_eq!(contents.tail, Tail::Whole);
+}
+
+/// Where each writer says how far it came, and what it was at: one number for each.
+struct Progress(File);
+
+impl Progress {
+    fn create(path: &Path) -> Progress {
+        let mut options = OpenOptions::new();
+        Progress(
+            options
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(path)
+                .unwrap(),
+        )
+    }
+
+    fn set(&self, writer: usize, count: u64) {
+        self.0
+            .write_all_at(&count.to_ne_bytes(), writer as u64 * 8)
+            .unwrap();
+    }
+
+    fn get(&self, writer: usize) -> u64 {
+        let mut bytes = [0; 8];
+        self.0.read_at(&mut bytes, writer as u64 * 8).unwrap();
+        u64::from_ne_bytes(bytes)
+    }
+}
+
+fn killed_writer_loses_nothing_that_was_acknowledged() {
+    const WRITERS: usize = 3;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for round in 0..25 {
+        let log_dir = dir.join(format!("round-{round}"));
+        netmcore_pmanage::prepare_directory(&log_dir).unwrap();
+        let log = Log::open(&log_dir).unwrap();
+        let progress = Progress::create(&dir.join(format!("progress-{round}")));
+        // Long names, so that a kill may hit the middle of a write.
+        let name =
+            |writer: usize, n: u64| container(format!("/{writer}-{n}-{}", "x".repeat(20_000)));
+        let writers: Vec<Child> = (0..WRITERS)
+            .map(|writer| {
+                Child::fork(|| {
+                    for n in 0.. {
+                        log.register(&[name(writer, n)]).unwrap();
+                        progress.set(writer, n + 1);
+                    }
+                })
+            })
+            .collect();
+        let started = Instant::now();
+        while (0..WRITERS).any(|writer| progress.get(writer) < 3 + round % 5) {
+            assert!(started.elapsed() < Duration::from_secs(60), "no progress");
+            thread::yield_now();
+        }
+        writers.into_iter().for_each(Child::kill);
+
+        // What they left is mended by the next writer.
+        let mine = container("/after".to_owned());
+        log.register(std::slice::from_ref(&mine)).unwrap();
+        let contents = log.contents().unwrap();
+        assert_eq!(contents.damaged, []);
+        assert_eq!(contents.tail, Tail::Whole);
+        assert!(contents.objects.contains(&mine));
+        let mut acknowledged = 1;
+        for writer in 0..WRITERS {
+            for n in 0..progress.get(writer) {
+                assert!(contents.objects.contains(&name(writer, n)), "{writer} {n}");
+                acknowledged += 1;
+            }
+        }
+        assert!(contents.objects.len() <= acknowledged + WRITERS);
+    }
+}
+
+/// Waits until some process waits for a lock on the record: the kernel lists it with an arrow.
+fn wait_for_a_waiter(record: &File) {
+    use std::os::unix::fs::MetadataExt;
+    let inode = format!(":{} ", record.metadata().unwrap().ino());
+    let started = Instant::now();
+    loop {
+        let locks = fs::read_to_string("/proc/locks").unwrap();
+        if locks
+            .lines()
+            .any(|line| line.contains("->") && line.contains(&inode))
+        {
+            return;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "nobody waits:\n{locks}"
+        );
+        thread::yield_now();
+    }
+}
+
+fn lock_excludes_other_processes_and_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let log = Log::open(dir).unwrap();
+    let path = dir.join(RECORD_NAME);
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap()
+    };
+
+    let guard = OfdGuard::lock(open()).unwrap();
+    let done = EventFd::new().unwrap();
+    let writer = Child::fork(|| {
+        log.register(&[container("/process".to_owned())]).unwrap();
+        done.ring().unwrap();
+    });
+    wait_for_a_waiter(guard.file());
+    // Closing another descriptor of the file gives nothing up.
+    drop(open());
+    assert!(!wait_readable(&done, Some(Deadline::after(Duration::from_millis(50)))).unwrap());
+    assert_eq!(fs::read(&path).unwrap(), b"");
+    drop(guard);
+    writer.succeeds();
+    assert_eq!(log.registered().unwrap().len(), 1);
+
+    let guard = OfdGuard::lock(open()).unwrap();
+    let before = fs::read(&path).unwrap();
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| log.register(&[container("/thread".to_owned())]));
+        wait_for_a_waiter(guard.file());
+        assert!(!writer.is_finished());
+        assert_eq!(fs::read(&path).unwrap(), before);
+        drop(guard);
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(log.registered().unwrap().len(), 2);
+
+    // The lock of a killed holder is free.
+    let held = EventFd::new().unwrap();
+    let holder = Child::fork(|| {
+        let _guard = OfdGuard::lock(open()).unwrap();
+        held.ring().unwrap();
+        wait_readable(EventFd::new().unwrap(), None).unwrap();
+    });
+    assert!(wait_readable(&held, Some(Deadline::after(Duration::from_secs(20)))).unwrap());
+    process::kill(holder.pid, SIGKILL).unwrap();
+    log.unregister(&[container("/thread".to_owned())]).unwrap();
+    holder.wait();
+    assert_eq!(log.registered().unwrap().len(), 1);
+}
+
+fn log_works_on_both_sides_of_a_fork() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = Log::open(dir.path()).unwrap();
+    let memory = Log::in_memory();
+    let parent = Pid::this();
+    Child::fork(|| {
+        log.register(&[container(format!("/child of {parent}"))])
+            .unwrap();
+        memory.register(&[container("/child".to_owned())]).unwrap();
+    })
+    .succeeds();
+    log.register(&[container("/parent".to_owned())]).unwrap();
+    assert_eq!(log.registered().unwrap().len(), 2);
+    assert_eq!(memory.registered().unwrap(), []);
+}
+
+fn removed_record_is_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = Log::open(dir.path()).unwrap();
+    let path = dir.path().join(RECORD_NAME);
+    let guard = OfdGuard::lock(OpenOptions::new().write(true).open(&path).unwrap()).unwrap();
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| log.register(&[container("/a".to_owned())]));
+        wait_for_a_waiter(guard.file());
+        fs::remove_file(&path).unwrap();
+        drop(guard);
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(fs::read(&path).unwrap(), b"R SEM_CONT \"/a\"\n");
+}
