@@ -10,7 +10,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use child::Child;
+use child::{Child, wait_for_a_waiter};
 use netmcore_pmanage::log::RECORD_NAME;
 use netmcore_pmanage::record::Tail;
 use netmcore_pmanage::{KernelObject, Log};
@@ -146,27 +146,6 @@ fn killed_writer_loses_nothing_that_was_acknowledged() {
             }
         }
         assert!(contents.objects.len() <= acknowledged + WRITERS);
-    }
-}
-
-/// Waits until some process waits for a lock on the record: the kernel lists it with an arrow.
-fn wait_for_a_waiter(record: &File) {
-    use std::os::unix::fs::MetadataExt;
-    let inode = format!(":{} ", record.metadata().unwrap().ino());
-    let started = Instant::now();
-    loop {
-        let locks = fs::read_to_string("/proc/locks").unwrap();
-        if locks
-            .lines()
-            .any(|line| line.contains("->") && line.contains(&inode))
-        {
-            return;
-        }
-        assert!(
-            started.elapsed() < Duration::from_secs(20),
-            "nobody waits:\n{locks}"
-        );
-        thread::yield_now();
     }
 }
 

@@ -1,4 +1,4 @@
-//! Forked children of tests.
+//! Forked children of tests, and how to know that one waits.
 //!
 //! # Safety
 //!
@@ -7,7 +7,11 @@
 #![allow(unsafe_code)]
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use netmcore_sys::process::{self, ExitStatus, Forked, Pid, PidFd};
 use netmcore_sys::signal::SIGKILL;
@@ -47,5 +51,25 @@ impl Child {
     pub fn kill(self) {
         self.pidfd.send_signal(SIGKILL).expect("a kill");
         self.wait();
+    }
+}
+
+/// Waits until some process waits for a lock on the record: the kernel lists it with an arrow.
+pub fn wait_for_a_waiter(record: &File) {
+    let inode = format!(":{} ", record.metadata().unwrap().ino());
+    let started = Instant::now();
+    loop {
+        let locks = fs::read_to_string("/proc/locks").unwrap();
+        if locks
+            .lines()
+            .any(|line| line.contains("->") && line.contains(&inode))
+        {
+            return;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "nobody waits:\n{locks}"
+        );
+        thread::yield_now();
     }
 }
