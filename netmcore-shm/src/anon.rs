@@ -46,7 +46,7 @@ impl AnonRegion {
     /// Makes a region of `max_len_bytes`, rounded up to whole pages. `name` is for `/proc/PID/maps` and need not be unique.
     ///
     /// Touching a page takes memory; when there is none, the kernel kills. To get an error instead, look at the
-    /// [`headroom`](crate::headroom()) and populate first.
+    /// [`headroom`](crate::headroom()) and populate first, as [`TaggedHeap`](crate::TaggedHeap) does.
     ///
     /// # Errors
     ///

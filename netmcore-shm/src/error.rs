@@ -1,5 +1,6 @@
 //! What can go wrong with shared memory: which limit, how much was wanted, how much there is.
 
+use crate::Block;
 use netmcore_sys::{ObjectName, SysError};
 use std::fmt;
 use std::path::PathBuf;
@@ -64,6 +65,14 @@ pub enum Error {
         expected: u64,
         /// What is there; 0 if its creation was not finished.
         found: u64,
+    },
+    /// The block is none that this heap gave out, or it has been freed.
+    #[error("{block:?} is not a block of this heap: {why}")]
+    BadBlock {
+        /// The claim.
+        block: Block,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// The memory breaks a rule that holds whatever process dies: a stray write, or a bug.
     #[error(transparent)]
