@@ -1,5 +1,10 @@
 //! Guards against forks that copy a process in the middle of another thread's work, and against forks by others that
 //! keep a lock held which says "this program runs".
+//!
+//! # Safety
+//!
+//! A test that forks through the C library has one thread, and its child leaves by `exit_now`. Descriptors and buffers
+//! that the C library gets are alive.
 
 #![allow(unsafe_code)]
 

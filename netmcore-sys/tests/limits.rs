@@ -1,5 +1,9 @@
 //! Guards against a memory limit that stops the wrong memory, or a process that dies of a limit without a trace of
 //! which one.
+//!
+//! # Safety
+//!
+//! Memory that is touched was mapped by the test, and is touched within its bounds; the hook makes one store.
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,8 @@
 //! Guards against orphans: children that go on working when their parent was killed.
+//!
+//! # Safety
+//!
+//! The child of a forking thread makes system calls only; `prctl` writes to a variable of the frame.
 
 #![allow(unsafe_code)]
 

@@ -1,5 +1,9 @@
 //! Guards against a supervisor that reaps its host's children, misses the end of its own, or spins on the pidfd of one
 //! that is long gone.
+//!
+//! # Safety
+//!
+//! The handler uses atomics and `write`; the C structures are plain data that may be zero.
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,8 @@
 //! Guards against taking one process for another: by a name that looks like fields, by a number given out again.
+//!
+//! # Safety
+//!
+//! A name that is a C string, and a mapping that is written within its bounds.
 
 #![allow(unsafe_code)]
 

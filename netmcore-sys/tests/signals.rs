@@ -1,4 +1,8 @@
 //! Guards against signals that are lost, taken by the wrong process, or passed on to programs that did not ask.
+//!
+//! # Safety
+//!
+//! The handler stores to an atomic.
 
 #![allow(unsafe_code)]
 

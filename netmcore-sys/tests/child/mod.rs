@@ -1,4 +1,10 @@
 //! Child processes of tests: forked, told what to do through a socket, waited for.
+//!
+//! # Safety
+//!
+//! `fork` refuses a process with threads, and the child leaves by `exit_now`.
+
+#![allow(unsafe_code)]
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +27,6 @@ pub struct Child {
 impl Child {
     /// Forks a child that runs `body` and exits with what that returns. What `body` owns is dropped in the parent, too:
     /// let it borrow.
-    #[allow(unsafe_code)]
     pub fn fork(body: impl FnOnce() -> i32) -> Child {
         // SAFETY: the child leaves by `exit_now`, below, and drops nothing of the parent's before.
         match unsafe { process::fork() }.expect("a fork") {
