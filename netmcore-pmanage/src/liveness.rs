@@ -125,6 +125,7 @@ impl Liveness {
                 let pids = holders(&file).on(&path, "cannot find the holders of")?;
                 return Err(Error::StillDying { dir, pids });
             }
+            // sleep: paces the polling of a lock that tells nobody when it is free; the deadline above ends it.
             thread::sleep(RETRY_INTERVAL);
         }
     }
