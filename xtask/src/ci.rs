@@ -1,6 +1,6 @@
 //! `cargo xtask ci`: everything that must hold before a change lands.
 //!
-//! **Steps** run in the order of [`STEPS`]; the first that fails ends the run. Whatever happens, the last lines are a table of
+//! **Steps** run in the order of [`STEPS`]; the first that fails ends the run, unless `--keep-going` is said. Whatever happens, the last lines are a table of
 //! times, the sum of all test results in cargo's format, and the same as `N passed, N failed, N skipped`.
 //!
 //! **Target folders**: all steps share one. Tests, doc tests and scratch packages use the dev profile and the same
@@ -59,21 +59,26 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
         }
         return Ok(());
     }
-    for argument in arguments {
+    let keep_going = arguments.iter().any(|argument| argument == "--keep-going");
+    let steps: Vec<&String> = arguments
+        .iter()
+        .filter(|argument| *argument != "--keep-going")
+        .collect();
+    for argument in &steps {
         if !STEPS.iter().any(|(name, _)| name == argument) {
             return Err(format!("no such step: {argument}; `ci --list` lists them"));
         }
     }
-    let chosen = |name: &str| arguments.is_empty() || arguments.iter().any(|a| a == name);
+    let chosen = |name: &str| steps.is_empty() || steps.iter().any(|step| *step == name);
     let mut context = Context {
         workspace: Workspace::read()?,
         counts: Counts::default(),
     };
     let start = Instant::now();
     let mut table = Vec::new();
-    let mut failure = None;
+    let mut failures = Vec::new();
     for (name, step) in STEPS.iter().filter(|(name, _)| chosen(name)) {
-        if failure.is_some() {
+        if !failures.is_empty() && !keep_going {
             table.push(format!("{:>8}  {name}: not run", ""));
             continue;
         }
@@ -87,7 +92,7 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
         ));
         if let Err(message) = outcome {
             eprintln!("xtask: step {name} failed: {message}");
-            failure = Some(format!("step {name} failed: {message}"));
+            failures.push(format!("step {name} failed: {message}"));
         }
     }
     println!("\n=== summary");
@@ -95,17 +100,21 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
         println!("{line}");
     }
     println!("{:>7.1}s  in all", start.elapsed().as_secs_f64());
-    if let Some(failure) = &failure {
+    for failure in &failures {
         println!("xtask: {failure}");
     }
     let counts = context.counts;
     println!(
         "\n{}\n",
-        counts.as_cargo_test(failure.is_none(), start.elapsed())
+        counts.as_cargo_test(failures.is_empty(), start.elapsed())
     );
     println!("{counts}");
     // The message has been printed; these counts are to stay the last line.
-    failure.map_or(Ok(()), |_| Err(String::new()))
+    if failures.is_empty() {
+        Ok(())
+    } else {
+        Err(String::new())
+    }
 }
 
 fn fmt(context: &mut Context) -> Result<(), String> {

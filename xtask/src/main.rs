@@ -22,7 +22,8 @@ mod workspace;
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
-  ci [STEP…]       all steps, or the named ones; `ci --list` lists them
+  ci [--keep-going] [STEP…]
+                   all steps, or the named ones; `ci --list` lists them
   tidy             the rules that neither rustc nor clippy knows
   test-leaks [--seed N] [--rounds N] [--mode namespace|record] [--jobs N] [--only TEXT]
                    every test and example: what does it leave behind?

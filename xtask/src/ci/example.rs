@@ -21,7 +21,9 @@ pub fn all_in_release(context: &mut Context) -> Result<(), String> {
         .iter()
         .filter(|target| target.kind == "example")
         .collect();
-    println!("{} examples", examples.len());
+    if examples.is_empty() {
+        return Err("the facade has no example".to_owned());
+    }
     for example in examples {
         let program = workspace
             .target_directory
