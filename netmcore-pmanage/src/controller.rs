@@ -62,7 +62,7 @@ impl ControllerSocket {
         lock.assert_of(dir)?;
         let path = ControllerSocket::path(dir);
         socket::check_path(&path)?;
-        trust::check_directory(dir)?;
+        trust::check_directory(&trust::absolute(dir)?)?;
         trust::prepare_directory(&dir.join(CONTROLLER_NAME))?;
         crash_point!("pmanage.controller.directory_made");
         if trust::look(&path, Expected::Socket)?.is_some() {

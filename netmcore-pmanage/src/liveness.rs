@@ -98,7 +98,7 @@ impl Liveness {
     ///
     /// As [`process::close_in_foreign_forks`]: if this process holds more than 32 such locks.
     pub fn acquire(dir: &Path) -> Result<Liveness> {
-        let dir = std::path::absolute(dir).on(dir, "cannot make absolute")?;
+        let dir = trust::absolute(dir)?;
         let path = dir.join(LOCK_NAME);
         let deadline = Instant::now() + ORPHANS_DEADLINE;
         loop {

@@ -292,7 +292,7 @@ pub(crate) struct Files {
 
 impl Files {
     pub(crate) fn in_directory(dir: &Path) -> Result<Files> {
-        let dir = std::path::absolute(dir).on(dir, "cannot make absolute")?;
+        let dir = trust::absolute(dir)?;
         Ok(Files {
             record: dir.join(RECORD_NAME),
             draft: dir.join(DRAFT_NAME),

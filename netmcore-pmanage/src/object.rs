@@ -22,8 +22,7 @@ use netmcore_sys::record::ObjectKind;
 /// An object with a name that the kernel keeps until somebody unlinks it.
 ///
 /// ```
-/// use netmcore_pmanage::KernelObject;
-/// use netmcore_sys::record::ObjectKind;
+/// use netmcore_pmanage::{KernelObject, ObjectKind};
 ///
 /// let object = KernelObject::new(ObjectKind::PosixShm, b"/results").unwrap();
 /// assert_eq!(object.name(), b"/results");

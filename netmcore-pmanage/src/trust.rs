@@ -11,7 +11,7 @@ use std::fmt;
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use netmcore_sys::process::effective_uid;
 
@@ -81,13 +81,20 @@ pub(crate) enum Expected {
 ///
 /// [`Error::Untrusted`], and [`Error::Io`] if it cannot be made.
 pub fn prepare_directory(dir: &Path) -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(dir) {
+    let dir = absolute(dir)?;
+    match DirBuilder::new().mode(0o700).create(&dir) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(e).on(dir, "cannot create the directory");
+            return Err(e).on(&dir, "cannot create the directory");
         }
         _ => {}
     }
-    check_directory(dir)
+    check_directory(&dir)
+}
+
+/// The directory by an absolute path without `.` and without a slash at its end, which would hide that it is a link.
+pub(crate) fn absolute(dir: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(dir).on(dir, "cannot make absolute")?;
+    Ok(absolute.components().collect())
 }
 
 pub(crate) fn check_directory(dir: &Path) -> Result<()> {

@@ -432,6 +432,12 @@ fn directory_that_is_a_link_is_refused() {
     assert!(is_link(netmcore_pmanage::prepare_directory(&link)));
     assert!(is_link(Log::open(&link).map(drop)));
     assert!(is_link(Liveness::acquire(&link).map(drop)));
+    // Neither does a slash hide it.
+    for hidden in [link.join(""), link.join(".")] {
+        assert!(is_link(netmcore_pmanage::prepare_directory(&hidden)));
+        assert!(is_link(Log::open(&hidden).map(drop)));
+        assert!(is_link(Liveness::acquire(&hidden).map(drop)));
+    }
     assert_eq!(names_in(&real), names([]));
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
