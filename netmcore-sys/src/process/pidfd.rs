@@ -149,6 +149,31 @@ impl PidFd {
     }
 }
 
+/// Kills a child that the caller could not get a [`PidFd`] for, and reaps it: `kill(2)` with SIGKILL, then
+/// `waitid(P_PID, WEXITED)`.
+///
+/// # Errors
+///
+/// `ECHILD` if it is no child of the caller, or has been reaped.
+///
+/// # Blocking
+///
+/// Until the child is gone, which a child in an uninterruptible system call may delay.
+pub fn kill_and_reap(pid: Pid) -> crate::Result<ExitStatus> {
+    super::kill(pid, libc::SIGKILL)?;
+    loop {
+        let waitid = || match rustix::process::Pid::from_raw(pid.get()) {
+            Some(pid) => rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED),
+            None => Err(rustix::io::Errno::CHILD),
+        };
+        let status =
+            rustix::io::retry_on_intr(waitid).during("waitid", format_args!("process {pid}"))?;
+        if let Some(status) = status {
+            return Ok(exit_status(&status));
+        }
+    }
+}
+
 fn exit_status(status: &WaitIdStatus) -> ExitStatus {
     if let Some(code) = status.exit_status() {
         return ExitStatus::Exited { code };
