@@ -8,8 +8,6 @@
 //! **Trimming.** At the top, the frames of the capture and of the panic machinery are left out; at the bottom, all below
 //! [`user_code`], through which workers call what the user wrote.
 
-#![allow(dead_code)]
-
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;

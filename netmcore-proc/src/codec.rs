@@ -27,8 +27,6 @@
 //! **Limits.** The slice is the limit: no length read from it is believed beyond the bytes that are there. (The number
 //! of elements that take no bytes, as in `Vec<()>`, has no such limit; no message of ours has such elements.)
 
-#![allow(dead_code)]
-
 use std::fmt;
 use std::io;
 
@@ -53,6 +51,24 @@ pub enum Codec {
     /// structs with `flatten` or `skip_serializing_if`. Map keys must be strings or numbers; infinities and NaN are
     /// lost.
     Json,
+}
+
+impl Codec {
+    /// How a slot names it.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Codec::Bincode => 0,
+            Codec::Json => 1,
+        }
+    }
+
+    /// What a slot names; the default for a number that names none.
+    pub(crate) fn from_number(number: u32) -> Codec {
+        match number {
+            1 => Codec::Json,
+            _ => Codec::Bincode,
+        }
+    }
 }
 
 impl fmt::Display for Codec {

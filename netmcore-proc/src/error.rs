@@ -3,8 +3,6 @@
 //! **Rules.** Each message says what was attempted, on which object, which limit was met and what to change; lower
 //! case, no full stop. `Display` tells the whole story, the cause included; `source()` gives the cause to programs.
 
-#![allow(dead_code)]
-
 use std::fmt;
 use std::panic::PanicHookInfo;
 use std::path::PathBuf;
@@ -231,6 +229,10 @@ pub enum Error {
         /// What was wrong.
         source: WireError,
     },
+
+    /// This process is a master already: one run must end before the next begins.
+    #[error("this process is the master of a run already; one run must end before the next begins")]
+    AlreadyMaster,
 
     /// The first process ended without a result.
     #[error("the first process has no result: {0}")]

@@ -26,8 +26,6 @@
 //!
 //! **Not here.** The guard that users hold, and the deletion itself: the worker's and the master's business.
 
-#![allow(dead_code)]
-
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -415,6 +413,14 @@ impl Default for ResourceTable {
 }
 
 impl ResourceTable {
+    /// Makes an empty table whose ids begin at this number, behind those of an earlier run.
+    pub(crate) fn starting_at(next: u64) -> Self {
+        ResourceTable {
+            next,
+            ..ResourceTable::default()
+        }
+    }
+
     /// Returns the id that the next new resource will have: a process that is started now and inherits all, inherits
     /// every id below it.
     pub(crate) fn next_id(&self) -> ResourceId {
@@ -548,6 +554,18 @@ impl ResourceTable {
         self.get(id, expected)?;
         self.uses.retain(|&(_, used), _| used != id);
         Ok(self.forget(id))
+    }
+
+    /// Removes a fork or join point, whoever uses it.
+    pub(crate) fn remove_point(&mut self, id: ResourceId) -> Result<ResourceRepr, ResourceError> {
+        match self.get(id, None)? {
+            ResourceRepr::ForkPoint(_) | ResourceRepr::JoinPoint(_) => self.remove(id, None),
+            other => Err(ResourceError::NoResource {
+                id,
+                expected: Some(ResourceType::ForkPoint),
+                found: Some(other.ty()),
+            }),
+        }
     }
 
     /// Removes the resources that have no user here and are not `held` elsewhere, and hands them out for deletion,

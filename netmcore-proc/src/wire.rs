@@ -25,8 +25,6 @@
 //!
 //! **Not here.** Sockets and credentials: `netmcore_sys::socket`. What requests do: the master.
 
-#![allow(dead_code)]
-
 use std::fmt;
 
 use serde::{Deserialize, Serialize};

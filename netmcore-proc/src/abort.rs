@@ -1,0 +1,49 @@
+//! What a worker that aborts says of itself: out of memory, a panic that could not unwind, or neither.
+//!
+//! The exit status says only SIGABRT. A handler looks once more before that takes effect: an allocation
+//! that failed leaves ENOMEM in errno, and a panic that aborts has noted itself (see `worker`).
+//!
+//! # Safety
+//! The handler is async-signal-safe: it reads statics, the errno that it is given, and the panic count of
+//! the standard library (an atomic and a thread-local that is there from the thread's start), and stores
+//! to atomics of the control block.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+
+use netmcore_sys::{Errno, signal};
+
+use crate::context;
+use crate::control::Outcome;
+
+/// The program asked this worker to be limited in memory: an abort may mean that.
+static MEMORY_LIMITED: AtomicBool = AtomicBool::new(false);
+
+/// From now on an abort after a failed allocation is one for lack of memory.
+pub(crate) fn expect_memory_limit() {
+    MEMORY_LIMITED.store(true, Relaxed);
+}
+
+/// Installs the handler, unless the program has one of its own.
+pub(crate) fn diagnose() {
+    let is_default = signal::action(signal::SIGABRT).is_ok_and(|action| action.is_default());
+    if is_default {
+        // SAFETY: the hook is async-signal-safe (module docs). It fails for no valid signal.
+        let _ = unsafe { signal::on_abort(note_cause) };
+    }
+}
+
+extern "C" fn note_cause(errno: i32) {
+    let (Some(runtime), Some(process)) = (context::runtime(), context::self_process()) else {
+        return;
+    };
+    if std::thread::panicking() {
+        return;
+    }
+    // The panic that was noted has been caught: it is not what the process dies of.
+    runtime.control.note_panic(process, None);
+    if MEMORY_LIMITED.load(Relaxed) && errno == Errno::ENOMEM.raw() {
+        runtime.control.note_outcome(process, Outcome::MemoryLimit);
+    }
+}

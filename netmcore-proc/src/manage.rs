@@ -1,0 +1,564 @@
+//! Resources: objects that the kernel keeps, handed to the master so that they are deleted when their
+//! last user is gone.
+//!
+//! **Protocol.** A worker asks the master over a socket that it connects on first use; the master asks
+//! itself. Each `create_*`, `manage_*` and `get_*` adds one use for the calling process; releasing the
+//! guard takes one; the end of the process takes all. The object is recorded before it exists and
+//! unlinked before the record is dropped, both by the master.
+//!
+//! **A resource in a message** is registered with the master while the message is encoded, so that the
+//! object lives until the receiver holds it, whatever becomes of the sender.
+//!
+//! **If a process dies here** the master reads the end of its connection, and takes its uses when it
+//! has been reaped.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use netmcore_sys::ObjectName;
+use netmcore_sys::process::{self, Limit};
+use netmcore_sys::socket;
+
+use crate::context::{self, Role, Runtime};
+use crate::error::{Error, Result};
+use crate::id::{ProcessId, ResourceId};
+use crate::master;
+use crate::resource::{Leg, ResourceRepr, ResourceType, managed_path};
+use crate::wire::{Creation, FrameReader, RefusedReason, Reply, Request, WireError, frame};
+
+/// One use of a resource by this process. Dropping it gives the use up.
+///
+/// As part of an argument or a result it keeps its object alive until the receiver holds its own.
+#[must_use = "dropping it gives up the use; `keep` keeps it until the process ends"]
+#[derive(Debug)]
+pub struct Resource {
+    id: ResourceId,
+    repr: ResourceRepr,
+    is_released: bool,
+}
+
+impl Resource {
+    fn new(id: ResourceId, repr: ResourceRepr) -> Self {
+        Resource {
+            id,
+            repr,
+            is_released: false,
+        }
+    }
+
+    /// Returns its id, by which any process of the run can get it.
+    pub fn id(&self) -> ResourceId {
+        self.id
+    }
+
+    /// Returns its type.
+    pub fn ty(&self) -> ResourceType {
+        self.repr.ty()
+    }
+
+    /// Returns its type with its data.
+    pub fn repr(&self) -> &ResourceRepr {
+        &self.repr
+    }
+
+    /// Returns the absolute path, if it is a file.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.repr {
+            ResourceRepr::File(path) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Returns the name, if it is a shared memory object or a semaphore.
+    pub fn name(&self) -> Option<&ObjectName> {
+        match &self.repr {
+            ResourceRepr::PosixSem(name) => Some(name),
+            repr => repr.shm_name(),
+        }
+    }
+
+    /// Gives up the use, and says what went wrong with it.
+    ///
+    /// # Errors
+    /// Fails if the master cannot be reached; the use then ends with the process.
+    pub fn release(mut self) -> Result<()> {
+        self.is_released = true;
+        release(self.id)
+    }
+
+    /// Gives up the guard, not the use: it lasts until the process ends or calls [`release`].
+    pub fn keep(mut self) -> ResourceId {
+        self.is_released = true;
+        self.id
+    }
+}
+
+impl Drop for Resource {
+    fn drop(&mut self) {
+        if !self.is_released
+            && let Err(error) = release(self.id)
+        {
+            tracing::warn!(target: "netmcore", id = %self.id, %error, "a use was not given up; it ends with the process");
+        }
+    }
+}
+
+impl fmt::Display for Resource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.id, self.repr)
+    }
+}
+
+impl Serialize for Resource {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let is_sending = SENDING.with_borrow_mut(|sending| match sending {
+            Some(ids) => {
+                ids.push(self.id);
+                true
+            }
+            None => false,
+        });
+        if !is_sending {
+            return Err(serde::ser::Error::custom(
+                "a Resource can only be sent in an argument or a result; elsewhere send its id",
+            ));
+        }
+        self.id.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Resource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let id = ResourceId::deserialize(deserializer)?;
+        if !IS_RECEIVING.get() {
+            return Err(serde::de::Error::custom(
+                "a Resource can only come in an argument or a result; elsewhere send its id",
+            ));
+        }
+        let resource = get_resource(id).map_err(serde::de::Error::custom)?;
+        HAS_RECEIVED.set(true);
+        Ok(resource)
+    }
+}
+
+thread_local! {
+    /// The resources in the message that this thread encodes.
+    static SENDING: RefCell<Option<Vec<ResourceId>>> = const { RefCell::new(None) };
+    static IS_RECEIVING: Cell<bool> = const { Cell::new(false) };
+    /// The message that this thread has decoded held a resource.
+    static HAS_RECEIVED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs an encoder, and returns the resources that it met.
+pub(crate) fn sending<T>(encode: impl FnOnce() -> T) -> (T, Vec<ResourceId>) {
+    let outer = SENDING.replace(Some(Vec::new()));
+    let result = encode();
+    let mut ids = SENDING.replace(outer).unwrap_or_default();
+    // An encoder passes over the value twice: once for the size.
+    ids.sort_unstable();
+    ids.dedup();
+    (result, ids)
+}
+
+/// Runs a decoder in which resources may come.
+pub(crate) fn receiving<T>(decode: impl FnOnce() -> T) -> T {
+    IS_RECEIVING.set(true);
+    HAS_RECEIVED.set(false);
+    let result = decode();
+    IS_RECEIVING.set(false);
+    result
+}
+
+/// Tells the master that a message about to be published holds these resources.
+pub(crate) fn send(process: ProcessId, leg: Leg, ids: Vec<ResourceId>) -> Result<()> {
+    expect_done("sending resources", Request::Send { process, leg, ids })
+}
+
+/// Tells the master that this process holds what its argument held.
+pub(crate) fn landed_argument(process: ProcessId) {
+    if HAS_RECEIVED.replace(false) {
+        let landed = Request::Landed {
+            process,
+            leg: Leg::Argument,
+        };
+        // Without the master the process is about to be killed.
+        let _ = expect_done("receiving resources", landed);
+    }
+}
+
+/// The same for a result that has been joined: the master sees by the slot that it is gone, and is
+/// only told to look.
+pub(crate) fn landed_result(runtime: &Runtime) {
+    if HAS_RECEIVED.replace(false) {
+        let _ = runtime.ring();
+    }
+}
+
+/// A blocking connection to the master.
+struct Client {
+    socket: OwnedFd,
+    reader: FrameReader,
+}
+
+static CLIENT: Mutex<Option<Client>> = Mutex::new(None);
+/// This worker may have uses that must be given up before its result can be seen.
+static HAS_USES: AtomicBool = AtomicBool::new(false);
+
+impl Client {
+    fn connect(runtime: &Runtime) -> Result<Client> {
+        let socket = socket::connect(&runtime.admin_socket).map_err(|_| gone(runtime))?;
+        Ok(Client {
+            socket,
+            reader: FrameReader::default(),
+        })
+    }
+
+    fn ask(&mut self, runtime: &Runtime, request: &Request) -> Result<Reply> {
+        let bytes = frame(request).map_err(wire_error)?;
+        if !socket::send_all(&self.socket, &bytes).unwrap_or(false) {
+            return Err(gone(runtime));
+        }
+        let mut buffer = [0; 4096];
+        loop {
+            let count = match socket::receive(&self.socket, &mut buffer) {
+                Ok(count) if count > 0 => count,
+                _ => return Err(gone(runtime)),
+            };
+            if let Some(frame) = self.reader.push(&buffer[..count]).map_err(wire_error)? {
+                return frame.message::<Reply>().map_err(wire_error);
+            }
+        }
+    }
+}
+
+fn wire_error(source: WireError) -> Error {
+    Error::Wire {
+        doing: "talking to the master".to_owned(),
+        source,
+    }
+}
+
+/// Why the master does not answer.
+fn gone(runtime: &Runtime) -> Error {
+    match runtime.control.phase() {
+        crate::control::Phase::Over => Error::NotRunning {
+            call: "a request to the master",
+        },
+        _ => Error::MasterGone,
+    }
+}
+
+/// Asks the master, wherever it is.
+fn ask(doing: &str, request: Request) -> Result<Reply> {
+    let reply = match context::role() {
+        Role::Worker => {
+            let runtime = context::running("a request to the master")?;
+            let mut client = CLIENT.lock().unwrap_or_else(PoisonError::into_inner);
+            let connected = match client.take() {
+                Some(connected) => connected,
+                None => Client::connect(runtime)?,
+            };
+            // Kept only after an answer: a connection in the middle of one is of no use.
+            let connected = client.insert(connected);
+            match connected.ask(runtime, &request) {
+                Ok(reply) => reply,
+                Err(error) => {
+                    *client = None;
+                    return Err(error);
+                }
+            }
+        }
+        Role::Master | Role::None => master::answer_here(request)?,
+    };
+    match reply {
+        Reply::Refused(reason) => Err(refusal(reason, doing)),
+        reply => Ok(reply),
+    }
+}
+
+fn refusal(reason: RefusedReason, doing: &str) -> Error {
+    reason.into_error(doing)
+}
+
+fn expect_done(doing: &str, request: Request) -> Result<()> {
+    match ask(doing, request)? {
+        Reply::Done => Ok(()),
+        _ => Err(unexpected(doing)),
+    }
+}
+
+fn unexpected(doing: &str) -> Error {
+    Error::Refused {
+        doing: doing.to_owned(),
+        reason: "the master gave an answer to another question".to_owned(),
+    }
+}
+
+fn manage(doing: &str, repr: ResourceRepr) -> Result<Resource> {
+    HAS_USES.store(true, Relaxed);
+    match ask(doing, Request::Manage(repr.clone()))? {
+        Reply::Id(id) => Ok(Resource::new(id, repr)),
+        _ => Err(unexpected(doing)),
+    }
+}
+
+fn create(doing: &str, creation: Creation) -> Result<Resource> {
+    HAS_USES.store(true, Relaxed);
+    match ask(doing, Request::Create(creation))? {
+        Reply::Created { id, repr } => Ok(Resource::new(id, repr)),
+        _ => Err(unexpected(doing)),
+    }
+}
+
+fn get(doing: &str, id: ResourceId, expected: Option<ResourceType>) -> Result<Resource> {
+    HAS_USES.store(true, Relaxed);
+    match ask(doing, Request::Get { id, expected })? {
+        Reply::Repr(repr) => Ok(Resource::new(id, repr)),
+        _ => Err(unexpected(doing)),
+    }
+}
+
+fn absolute(path: &Path) -> Result<std::path::PathBuf> {
+    let current_dir = std::env::current_dir().map_err(|error| Error::InvalidPath {
+        path: path.to_path_buf(),
+        why: format!("the current directory cannot be found: {error}"),
+    })?;
+    managed_path(path, &current_dir)
+}
+
+/// Hands a temporary file to the manager: it is deleted when its last user is gone, at the latest by
+/// the next start on the same directory. The file need not exist yet, which is the leak-free order.
+///
+/// # Errors
+/// [`Error::InvalidPath`] for a path with `..` or of a directory; else as the master's record.
+#[doc(alias = "Netmcore.manage_file")]
+pub fn manage_file(path: impl AsRef<Path>) -> Result<Resource> {
+    let path = absolute(path.as_ref())?;
+    manage("managing a temporary file", ResourceRepr::File(path))
+}
+
+/// Becomes a user of a managed file; its path is [`Resource::path`].
+///
+/// # Errors
+/// [`Error::NoResource`] if there is no such resource, or it is not a file.
+pub fn get_file(id: ResourceId) -> Result<Resource> {
+    get("getting a temporary file", id, Some(ResourceType::File))
+}
+
+/// Creates an empty file (mode 0600) whose name begins with `prefix` and is not in use, recorded first.
+///
+/// # Errors
+/// [`Error::InvalidPath`] if the file cannot be created.
+pub fn create_file(prefix: impl AsRef<Path>) -> Result<Resource> {
+    let prefix = absolute(prefix.as_ref())?.as_os_str().as_bytes().to_vec();
+    create("creating a temporary file", Creation::File { prefix })
+}
+
+/// Hands a shared memory object to the manager; see [`manage_file`].
+///
+/// # Errors
+/// Fails if the object is managed already as something else, or cannot be recorded.
+#[doc(alias = "Netmcore.manage_shm")]
+pub fn manage_shm(name: &ObjectName) -> Result<Resource> {
+    manage(
+        "managing a shared memory object",
+        ResourceRepr::PosixShm(name.clone()),
+    )
+}
+
+/// Becomes a user of a managed shared memory object; its name is [`Resource::name`].
+///
+/// # Errors
+/// [`Error::NoResource`] if there is no such resource, or it is not a shared memory object.
+pub fn get_shm(id: ResourceId) -> Result<Resource> {
+    get(
+        "getting a shared memory object",
+        id,
+        Some(ResourceType::PosixShm),
+    )
+}
+
+/// Creates a shared memory object of `len_bytes` (mode 0600), recorded first. `prefix` begins with `/`.
+///
+/// # Errors
+/// Fails without leaving anything: a bad prefix, no space.
+pub fn create_shm(prefix: impl AsRef<[u8]>, len_bytes: u64) -> Result<Resource> {
+    let prefix = prefix.as_ref().to_vec();
+    create(
+        "creating a shared memory object",
+        Creation::Shm { prefix, len_bytes },
+    )
+}
+
+/// Hands a shared memory object together with its semaphore container to the manager.
+///
+/// # Errors
+/// As for [`manage_shm`].
+#[doc(alias = "Netmcore.manage_shm_sc")]
+pub fn manage_shm_sc(name: &ObjectName, container_prefix: &ObjectName) -> Result<Resource> {
+    let repr = ResourceRepr::PosixShmSc {
+        name: name.clone(),
+        prefix: container_prefix.clone(),
+    };
+    manage(
+        "managing a shared memory object with its semaphore container",
+        repr,
+    )
+}
+
+/// Becomes a user of a managed shared memory object with semaphore container.
+///
+/// # Errors
+/// [`Error::NoResource`] if there is no such resource, or it is of another type.
+pub fn get_sem_container(id: ResourceId) -> Result<Resource> {
+    get(
+        "getting a semaphore container",
+        id,
+        Some(ResourceType::PosixShmSc),
+    )
+}
+
+/// Creates a shared memory object with its semaphore container, recorded first.
+///
+/// # Errors
+/// As for [`create_shm`].
+pub fn create_shm_sc(prefix: impl AsRef<[u8]>, len_bytes: u64) -> Result<Resource> {
+    let prefix = prefix.as_ref().to_vec();
+    create(
+        "creating a shared memory object",
+        Creation::ShmSc { prefix, len_bytes },
+    )
+}
+
+/// Hands a named semaphore to the manager; see [`manage_file`].
+///
+/// # Errors
+/// As for [`manage_shm`].
+#[doc(alias = "Netmcore.manage_sem")]
+pub fn manage_sem(name: &ObjectName) -> Result<Resource> {
+    name.for_semaphore()?;
+    manage(
+        "managing a named semaphore",
+        ResourceRepr::PosixSem(name.clone()),
+    )
+}
+
+/// Becomes a user of a managed named semaphore; its name is [`Resource::name`].
+///
+/// # Errors
+/// [`Error::NoResource`] if there is no such resource, or it is not a semaphore.
+pub fn get_sem(id: ResourceId) -> Result<Resource> {
+    get(
+        "getting a named semaphore",
+        id,
+        Some(ResourceType::PosixSem),
+    )
+}
+
+/// Creates a named semaphore (mode 0600) with this value, recorded first. `prefix` begins with `/`.
+///
+/// # Errors
+/// Fails without leaving anything.
+pub fn create_sem(prefix: impl AsRef<[u8]>, initial: u32) -> Result<Resource> {
+    let prefix = prefix.as_ref().to_vec();
+    create(
+        "creating a named semaphore",
+        Creation::Sem { prefix, initial },
+    )
+}
+
+/// Becomes a user of a resource of any type.
+///
+/// # Errors
+/// [`Error::NoResource`] if there is no such resource.
+#[doc(alias = "Netmcore.get_resource")]
+pub fn get_resource(id: ResourceId) -> Result<Resource> {
+    get("getting a resource", id, None)
+}
+
+/// Takes one use of a resource from this process; the last one deletes the object.
+///
+/// # Errors
+/// [`Error::NoResource`], [`Error::NotAUser`].
+#[doc(alias = "Netmcore.release")]
+pub fn release(id: ResourceId) -> Result<()> {
+    expect_done("releasing a resource", Request::Release { id })
+}
+
+/// Deletes all resources that are left, whoever uses them. Master only.
+///
+/// # Errors
+/// [`Error::NotInWorker`]; else names every object that could not be deleted.
+#[doc(alias = "Netmcore.destroy_resources")]
+pub fn destroy_resources() -> Result<()> {
+    if context::role() == Role::Worker {
+        return Err(Error::NotInWorker {
+            call: "destroy_resources",
+        });
+    }
+    expect_done("destroying all resources", Request::DestroyResources)
+}
+
+/// Releases a fork or join point for everybody.
+pub(crate) fn release_point(id: ResourceId, ty: ResourceType) -> Result<()> {
+    expect_done(&format!("releasing a {ty}"), Request::ReleasePoint { id })
+}
+
+pub(crate) fn kill(process: ProcessId) -> Result<()> {
+    const SIGKILL: i32 = 9;
+    expect_done(
+        &format!("killing {process}"),
+        Request::Kill {
+            process,
+            signal: SIGKILL,
+        },
+    )
+}
+
+/// Before a worker's result can be seen, it is a user of nothing.
+pub(crate) fn release_all_uses() {
+    if HAS_USES.swap(false, Relaxed) {
+        // Without the master the process is about to be killed, and the uses end with it.
+        let _ = expect_done("releasing all resources", Request::ReleaseAll);
+    }
+}
+
+/// Marks the beginning or the end of a wait without deadline; the last worker that begins to wait
+/// tells the master to look for a deadlock.
+pub(crate) fn note_wait(runtime: &Runtime, process: ProcessId, begins: bool) {
+    if runtime.control.note_wait(context::me(), process, begins) {
+        let _ = runtime.ring();
+    }
+}
+
+/// Why the kernel refused to fork, in words.
+pub(crate) fn fork_refusal(errno: i32) -> String {
+    let shown = |limit: process::Resource| match process::get_limit(limit) {
+        Ok(Limit {
+            soft: Some(limit), ..
+        }) => format!("{limit}"),
+        _ => "unlimited".to_owned(),
+    };
+    let errno = netmcore_sys::Errno::from_raw(errno);
+    if errno == netmcore_sys::Errno::EAGAIN {
+        let limit = shown(process::Resource::ProcessCount);
+        return format!(
+            "the limit of processes is reached (`ulimit -u` is {limit}; a control group may allow fewer)"
+        );
+    }
+    if errno == netmcore_sys::Errno::EMFILE || errno == netmcore_sys::Errno::ENFILE {
+        let limit = shown(process::Resource::DescriptorCount);
+        return format!(
+            "the master has no descriptor left to watch it by (`ulimit -n` is {limit} here; one is needed for each live process)"
+        );
+    }
+    format!("the kernel refused: {errno}")
+}

@@ -1,0 +1,927 @@
+//! The master's loop and everything it acts on: `next_event` is the only place that blocks, `state.step`
+//! decides, `perform` is the only place that acts.
+//!
+//! **Protocol.** Each round begins with a survey of the control block, then waits for descriptors: pidfds
+//! of workers, the doorbell, ending signals, the admin socket and its connections. The master never
+//! blocks on a worker: sockets do not block, locks are not taken, and what a worker sent is a claim that
+//! is checked; a bad frame closes that worker's connection and nothing else.
+//!
+//! **Invariants.**
+//! 1. A descriptor is removed from the epoll set before it is closed: a fork may hold a copy, which would
+//!    keep the event firing for ever.
+//! 2. An object is recorded before it is created, and unlinked before its record is dropped.
+//!
+//! **If a process dies here** (a worker): its pidfd becomes readable, its connection reads end of stream.
+//! If the master dies, its workers are killed by the kernel and the next start cleans up by the record.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use netmcore_pmanage::Log;
+use netmcore_sys::futex::Deadline;
+use netmcore_sys::poll::{Epoll, EventFd, Interest};
+use netmcore_sys::process::{self, Pid, PidFd};
+use netmcore_sys::signal::{self, SignalFd};
+use netmcore_sys::socket::{self, Listener, Received, Sent};
+
+use crate::context::Runtime;
+use crate::control::{Outcome, Phase, Seen, WorkerIndex};
+use crate::error::{Error, Result};
+use crate::id::{ProcessId, ResourceId};
+use crate::master::birth::{self, BirthError, Inheritance};
+use crate::master::state::{Action, Event, KillCause, Limits, State};
+use crate::resource::{Leg, ResourceRepr, ResourceType, User};
+use crate::wire::{
+    self, Creation, FrameReader, PAGE_LINES, ProcessLine, RefusedReason, Reply, Request, WireError,
+};
+use crate::worker::Birth;
+
+/// The tokens of the epoll set: a kind in the high byte, a number below.
+const KIND_WORKER: u64 = 1 << 56;
+const KIND_CONNECTION: u64 = 2 << 56;
+const DOORBELL: u64 = 3 << 56;
+const SIGNALS: u64 = 4 << 56;
+const LISTENER: u64 = 5 << 56;
+const NUMBER: u64 = (1 << 56) - 1;
+
+/// A queue longer than this is not counted further in one round.
+const QUEUE_GLANCE: usize = 256;
+/// Bytes that a connection may leave unread before it is closed.
+const UNREAD_LIMIT_BYTES: usize = 4 << 20;
+
+struct Child {
+    pid: Pid,
+    pidfd: PidFd,
+}
+
+struct Connection {
+    fd: OwnedFd,
+    peer: Peer,
+    reader: FrameReader,
+    unsent: VecDeque<u8>,
+}
+
+/// Who is at the other end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Peer {
+    Worker(WorkerIndex),
+    /// Another process of the same user (or root): an administrator.
+    Administrator,
+}
+
+/// What resources are recorded in and created by, in a run or before it.
+pub(crate) struct Objects {
+    /// `None` with `disable_pmanage`.
+    pub(crate) log: Option<Log>,
+}
+
+impl Objects {
+    /// Records an object that somebody hands over.
+    fn register(&self, repr: &ResourceRepr) -> Result<()> {
+        match &self.log {
+            Some(log) => Ok(log.register(&repr.kernel_objects())?),
+            None => Ok(()),
+        }
+    }
+
+    /// Creates an object, record first. After an error there is neither object nor record.
+    fn create(&self, creation: &Creation) -> Result<ResourceRepr> {
+        match creation {
+            Creation::File { prefix } => self.create_file(prefix),
+            _ => Err(Error::Refused {
+                doing: "creating shared memory".to_owned(),
+                reason: "this version of the master does not have it".to_owned(),
+            }),
+        }
+    }
+
+    fn create_file(&self, prefix: &[u8]) -> Result<ResourceRepr> {
+        use std::os::unix::ffi::OsStringExt as _;
+        use std::os::unix::fs::OpenOptionsExt as _;
+        /// Chances of a collision are about one in 2^64 each.
+        const ATTEMPTS: usize = 16;
+        for _ in 0..ATTEMPTS {
+            let mut bytes = prefix.to_vec();
+            bytes.extend(format!("{:016x}", process::random_u64()).bytes());
+            let path = std::path::PathBuf::from(std::ffi::OsString::from_vec(bytes));
+            let repr = ResourceRepr::File(path.clone());
+            self.register(&repr)?;
+            let created = std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path);
+            match created {
+                Ok(_) => return Ok(repr),
+                Err(error) => {
+                    if let Some(log) = &self.log {
+                        log.unregister(&repr.kernel_objects())?;
+                    }
+                    if error.kind() != std::io::ErrorKind::AlreadyExists {
+                        let why = error.to_string();
+                        return Err(Error::InvalidPath { path, why });
+                    }
+                }
+            }
+        }
+        Err(Error::Refused {
+            doing: "creating a temporary file".to_owned(),
+            reason: "every name that was tried exists".to_owned(),
+        })
+    }
+
+    /// Unlinks an object, then drops its record. What cannot be unlinked stays in the record.
+    pub(crate) fn destroy(&self, id: ResourceId, repr: &ResourceRepr) -> Vec<Error> {
+        let mut failures = Vec::new();
+        for object in repr.kernel_objects() {
+            let outcome = match &self.log {
+                Some(log) => log.unlink_this(&object).map(drop).map_err(Error::from),
+                None => object
+                    .unlink()
+                    .map(drop)
+                    .map_err(Error::system(format!("deleting {id} ({repr})"))),
+            };
+            failures.extend(outcome.err());
+        }
+        for failure in &failures {
+            tracing::warn!(target: "netmcore", %id, error = %failure, "an object could not be deleted");
+        }
+        failures
+    }
+}
+
+/// Everything a run needs beyond its state.
+pub(crate) struct Run {
+    pub(crate) runtime: &'static Runtime,
+    pub(crate) inheritance: Inheritance,
+    base: RawFd,
+    epoll: Epoll,
+    doorbell: Arc<EventFd>,
+    signals: SignalFd,
+    listener: Listener,
+    children: BTreeMap<WorkerIndex, Child>,
+    connections: BTreeMap<u64, Connection>,
+    next_connection: u64,
+    /// Why forks are refused altogether: an error of the program, not of the machine.
+    pub(crate) fatal: Option<Error>,
+}
+
+impl Run {
+    pub(crate) fn new(
+        runtime: &'static Runtime,
+        inheritance: Inheritance,
+        base: RawFd,
+        doorbell: Arc<EventFd>,
+        listener: Listener,
+    ) -> Result<Run> {
+        let doing = || Error::system("setting up the master's event loop");
+        let epoll = birth::place_fd(Epoll::new().map_err(doing())?, base)?;
+        let signals = SignalFd::new(&inheritance.ending_signals()).map_err(doing())?;
+        let signals = birth::place_fd(signals, base)?;
+        let listener = birth::place_fd(listener, base)?;
+        epoll
+            .add(&*doorbell, DOORBELL, Interest::Read)
+            .map_err(doing())?;
+        epoll
+            .add(&signals, SIGNALS, Interest::Read)
+            .map_err(doing())?;
+        epoll
+            .add(&listener, LISTENER, Interest::Read)
+            .map_err(doing())?;
+        Ok(Run {
+            runtime,
+            inheritance,
+            base,
+            epoll,
+            doorbell,
+            signals,
+            listener,
+            children: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            next_connection: 0,
+            fatal: None,
+        })
+    }
+
+    /// Runs until the state is over.
+    pub(crate) fn drive(&mut self, state: &mut State, objects: &Objects) {
+        let mut events = VecDeque::new();
+        let mut actions = Vec::new();
+        while !state.is_over() {
+            self.next_event(state, objects, &mut events);
+            while let Some(event) = events.pop_front() {
+                tracing::trace!(target: "netmcore", ?event);
+                state.step(event, &mut actions);
+                for action in actions.drain(..) {
+                    tracing::trace!(target: "netmcore", ?action);
+                    self.perform(action, objects, &mut events);
+                }
+            }
+        }
+    }
+
+    // ---- what happens -----------------------------------------------------------------------
+
+    /// Fills `events` with at least a survey; blocks until something happens if the last round left
+    /// nothing to do.
+    fn next_event(&mut self, state: &mut State, objects: &Objects, events: &mut VecDeque<Event>) {
+        let survey = self.survey(state);
+        let mut actions = Vec::new();
+        for event in survey {
+            state.step(event, &mut actions);
+        }
+        let has_acted = !actions.is_empty();
+        for action in actions {
+            self.perform(action, objects, events);
+        }
+        if state.is_over() || !events.is_empty() {
+            return;
+        }
+        let deadline = match has_acted {
+            true => Some(Deadline::after(Duration::ZERO)),
+            false => state.wake_at().map(Deadline::from_nanos),
+        };
+        let mut ready = Vec::new();
+        if let Err(error) = self.epoll.wait(&mut ready, deadline) {
+            // Only a programming error or a lack of kernel memory; looked at again in the next round.
+            tracing::error!(target: "netmcore", %error, "waiting for events failed");
+        }
+        for event in ready {
+            match event.token & !NUMBER {
+                KIND_WORKER => {
+                    self.worker_ready(WorkerIndex((event.token & NUMBER) as u32), events)
+                }
+                KIND_CONNECTION => {
+                    self.connection_ready(event.token & NUMBER, state, objects, events);
+                }
+                DOORBELL => drop(self.doorbell.drain()),
+                SIGNALS => {
+                    while let Ok(Some(info)) = self.signals.read_nonblocking() {
+                        events.push_back(Event::Signal(info.signal));
+                    }
+                }
+                LISTENER => self.accept(),
+                _ => {}
+            }
+        }
+    }
+
+    /// What the control block shows.
+    fn survey(&mut self, state: &State) -> Vec<Event> {
+        let control = &self.runtime.control;
+        let mut events = Vec::new();
+        for worker in state.unclaimed() {
+            if let Some(process) = control.process_served_by(worker) {
+                events.push(Event::Claimed {
+                    worker,
+                    process,
+                    limits: self.limits_of(process),
+                });
+            }
+        }
+        for process in state.unstarted() {
+            if let Some(at) = control.started_ns(process) {
+                events.push(Event::Started { process, at });
+            }
+        }
+        for process in state.results_under_way() {
+            if control.look(process) == Seen::Gone {
+                events.push(Event::ResultGone { process });
+            }
+        }
+        if state.is_running()
+            && let Some(event) = self.find_deadlock(state)
+        {
+            events.push(event);
+        }
+        let now = Deadline::after(Duration::ZERO).as_nanos();
+        events.push(Event::Survey {
+            now,
+            queue: control.queue_facts(QUEUE_GLANCE),
+        });
+        events
+    }
+
+    fn limits_of(&self, process: ProcessId) -> Limits {
+        let job = self.runtime.control.job(process);
+        Limits {
+            memory_bytes: job.memory_limit_bytes,
+            time_ns: job.time_limit_ns,
+        }
+    }
+
+    /// Looks for the state that nobody can leave: every thread of every worker waits without deadline,
+    /// nothing is queued, no result is on its way, and all that held for a while (no wait began or
+    /// ended between the first look and the last).
+    fn find_deadlock(&self, state: &State) -> Option<Event> {
+        let control = &self.runtime.control;
+        let mut waits = Vec::new();
+        for worker in state.workers() {
+            let Some(process) = control.process_served_by(worker) else {
+                continue;
+            };
+            let wait = control.wait_of(worker);
+            if wait.threads == 0 {
+                return None;
+            }
+            waits.push((worker, process, wait));
+        }
+        let is_waiting = |worker, process| {
+            waits
+                .iter()
+                .any(|&(waiter, its, _)| waiter == worker && its == process)
+        };
+        if waits.is_empty() || state.has_time_limits() || control.is_anything_pending(is_waiting) {
+            return None;
+        }
+        for &(worker, _, wait) in &waits {
+            let pid = self.children.get(&worker)?.pid;
+            if process::is_zombie(pid).unwrap_or(true) {
+                return None;
+            }
+            let tasks = std::fs::metadata(format!("/proc/{pid}/task")).ok()?.nlink();
+            if tasks.saturating_sub(2) != u64::from(wait.threads) {
+                return None;
+            }
+        }
+        if waits
+            .iter()
+            .any(|&(worker, _, wait)| control.wait_of(worker) != wait)
+        {
+            return None;
+        }
+        Some(Event::Deadlocked {
+            who: waits.iter().map(|&(_, process, _)| process).collect(),
+            on_what: waits
+                .iter()
+                .map(|(_, _, wait)| wait.on.to_string())
+                .collect(),
+        })
+    }
+
+    fn worker_ready(&mut self, worker: WorkerIndex, events: &mut VecDeque<Event>) {
+        let Some(child) = self.children.get(&worker) else {
+            return;
+        };
+        match child.pidfd.wait_nonblocking() {
+            Ok(None) => {}
+            Ok(Some(status)) => {
+                let child = self
+                    .children
+                    .remove(&worker)
+                    .expect("it has just been found");
+                let _ = self.epoll.remove(&child.pidfd);
+                self.close_connections_of(worker);
+                events.push_back(Event::Ended { worker, status });
+            }
+            Err(error) => {
+                tracing::error!(target: "netmcore", pid = %child.pid, %error, "a worker cannot be reaped");
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Ok(Some(fd)) = self.listener.accept_nonblocking() {
+            let Ok(credentials) = socket::peer_credentials(&fd) else {
+                continue;
+            };
+            let worker = self
+                .children
+                .iter()
+                .find(|(_, child)| Some(child.pid) == credentials.pid)
+                .map(|(&worker, _)| worker);
+            let peer = match worker {
+                Some(worker) => Peer::Worker(worker),
+                None if credentials.uid == process::effective_uid() || credentials.uid == 0 => {
+                    Peer::Administrator
+                }
+                None => continue,
+            };
+            let Ok(fd) = birth::place_fd(fd, self.base) else {
+                continue;
+            };
+            let number = self.next_connection;
+            self.next_connection += 1;
+            if self
+                .epoll
+                .add(&fd, KIND_CONNECTION | number, Interest::Read)
+                .is_ok()
+            {
+                let reader = FrameReader::default();
+                self.connections.insert(
+                    number,
+                    Connection {
+                        fd,
+                        peer,
+                        reader,
+                        unsent: VecDeque::new(),
+                    },
+                );
+            }
+        }
+    }
+
+    fn close_connections_of(&mut self, worker: WorkerIndex) {
+        let of_worker = |connection: &Connection| connection.peer == Peer::Worker(worker);
+        let numbers: Vec<u64> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| of_worker(connection))
+            .map(|(&number, _)| number)
+            .collect();
+        for number in numbers {
+            self.close_connection(number);
+        }
+    }
+
+    fn close_connection(&mut self, number: u64) {
+        if let Some(connection) = self.connections.remove(&number) {
+            let _ = self.epoll.remove(&connection.fd);
+        }
+    }
+
+    fn connection_ready(
+        &mut self,
+        number: u64,
+        state: &mut State,
+        objects: &Objects,
+        events: &mut VecDeque<Event>,
+    ) {
+        if !self.flush(number) {
+            return self.close_connection(number);
+        }
+        let mut buffer = [0; 16 * 1024];
+        loop {
+            let Some(connection) = self.connections.get_mut(&number) else {
+                return;
+            };
+            let count = match socket::receive_nonblocking(&connection.fd, &mut buffer) {
+                Ok(Received::Bytes(count)) => count,
+                Ok(Received::WouldBlock) => return,
+                Ok(Received::Closed) | Err(_) => {
+                    if let Err(error) = connection.reader.finish() {
+                        tracing::warn!(target: "netmcore", peer = ?connection.peer, %error, "a connection has ended");
+                    }
+                    return self.close_connection(number);
+                }
+            };
+            let mut bytes = &buffer[..count];
+            loop {
+                let Some(connection) = self.connections.get_mut(&number) else {
+                    return;
+                };
+                let peer = connection.peer;
+                let frame = connection.reader.push(std::mem::take(&mut bytes));
+                let request = match frame.and_then(|frame| frame.map(|f| f.message()).transpose()) {
+                    Ok(Some(request)) => request,
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::warn!(target: "netmcore", ?peer, %error, "a connection is closed");
+                        self.refuse_foreign(number, &error);
+                        return self.close_connection(number);
+                    }
+                };
+                let from = match peer {
+                    Peer::Worker(worker) => state.user(worker),
+                    Peer::Administrator => None,
+                };
+                let reply = self.answer(from, request, state, objects, events);
+                if !self.send(number, &reply) {
+                    return self.close_connection(number);
+                }
+            }
+        }
+    }
+
+    /// A peer that speaks another protocol gets an answer that it understands, where there is one.
+    fn refuse_foreign(&mut self, number: u64, error: &WireError) {
+        if let (Some(connection), WireError::ForeignProtocol { first_bytes }) =
+            (self.connections.get(&number), error)
+            && let Some(answer) = wire::sun_rpc_refusal(first_bytes)
+        {
+            let _ = socket::send_nonblocking(&connection.fd, &answer);
+        }
+    }
+
+    /// Queues a reply and sends what can be sent now. False: the connection is of no use any more.
+    fn send(&mut self, number: u64, reply: &Reply) -> bool {
+        let Some(connection) = self.connections.get_mut(&number) else {
+            return true;
+        };
+        match wire::frame(reply) {
+            Ok(bytes) => connection.unsent.extend(bytes),
+            Err(error) => {
+                tracing::error!(target: "netmcore", %error, "a reply cannot be encoded");
+                return false;
+            }
+        }
+        connection.unsent.len() <= UNREAD_LIMIT_BYTES && self.flush(number)
+    }
+
+    fn flush(&mut self, number: u64) -> bool {
+        let Some(connection) = self.connections.get_mut(&number) else {
+            return true;
+        };
+        let had_unsent = !connection.unsent.is_empty();
+        while !connection.unsent.is_empty() {
+            let bytes = connection.unsent.make_contiguous();
+            match socket::send_nonblocking(&connection.fd, bytes) {
+                Ok(Sent::Bytes(count)) => drop(connection.unsent.drain(..count)),
+                Ok(Sent::WouldBlock) => break,
+                Ok(Sent::Closed) | Err(_) => return false,
+            }
+        }
+        let interest = match connection.unsent.is_empty() {
+            true => Interest::Read,
+            false => Interest::ReadWrite,
+        };
+        !had_unsent
+            || self
+                .epoll
+                .modify(&connection.fd, KIND_CONNECTION | number, interest)
+                .is_ok()
+    }
+
+    /// Answers one request. `from` is the user on whose behalf; `None` for an administrator.
+    pub(crate) fn answer(
+        &mut self,
+        from: Option<User>,
+        request: Request,
+        state: &mut State,
+        objects: &Objects,
+        events: &mut VecDeque<Event>,
+    ) -> Reply {
+        match request {
+            Request::Hello { .. } => Reply::Done,
+            Request::Shutdown => {
+                events.push_back(Event::ShutdownAsked);
+                Reply::Done
+            }
+            Request::Kill { process, signal } => self.kill_process(process, signal, events),
+            Request::Processes { after } => self.list_processes(after),
+            Request::ReleasePoint { id } => self.release_point(id, state),
+            Request::Landed { process, leg } => {
+                state.resources.land(process, leg);
+                events.push_back(Event::ResourcesChanged);
+                Reply::Done
+            }
+            request => {
+                if let Request::Send {
+                    process,
+                    leg: Leg::Result,
+                    ..
+                } = &request
+                {
+                    state.note_result_under_way(*process);
+                }
+                let reply = answer_about_resources(from, request, state, objects);
+                events.push_back(Event::ResourcesChanged);
+                reply
+            }
+        }
+    }
+
+    fn kill_process(
+        &mut self,
+        process: ProcessId,
+        signal: i32,
+        events: &mut VecDeque<Event>,
+    ) -> Reply {
+        let control = &self.runtime.control;
+        let killed = Outcome::Killed {
+            signal,
+            core_dumped: false,
+        };
+        if control.fail_queued(process, killed) {
+            events.push_back(Event::FailedToStart { process });
+            return Reply::Done;
+        }
+        if let Some(child) = control
+            .worker_of(process)
+            .and_then(|worker| self.children.get(&worker))
+            && let Err(error) = child.pidfd.send_signal(signal)
+        {
+            return Reply::Refused(RefusedReason::Other(error.to_string()));
+        }
+        match control.look(process) {
+            Seen::Never => Reply::Refused(RefusedReason::NoSuchProcess(process)),
+            _ => Reply::Done,
+        }
+    }
+
+    fn release_point(&mut self, id: ResourceId, state: &mut State) -> Reply {
+        let control = &self.runtime.control;
+        match state.resources.remove_point(id) {
+            Ok(ResourceRepr::ForkPoint(index)) => {
+                control.release_fork_point(index);
+                Reply::Done
+            }
+            Ok(ResourceRepr::JoinPoint(index)) => {
+                control.release_join_point(index);
+                control.collect_released(id.get());
+                Reply::Done
+            }
+            Ok(_) => Reply::Done,
+            Err(error) => Reply::Refused(error.into()),
+        }
+    }
+
+    fn list_processes(&self, after: Option<ProcessId>) -> Reply {
+        let control = &self.runtime.control;
+        let mut lines: Vec<ProcessLine> = control
+            .processes()
+            .into_iter()
+            .filter(|(id, ..)| after.is_none_or(|after| *id > after))
+            .map(|(id, state, worker)| ProcessLine {
+                id,
+                state,
+                pid: worker
+                    .and_then(|worker| self.children.get(&worker))
+                    .map(|child| child.pid.get()),
+                started_by: None,
+                definition: self.runtime.describe(control.job(id).entry),
+            })
+            .collect();
+        lines.sort_by_key(|line| line.id);
+        let more = lines.len() > PAGE_LINES;
+        lines.truncate(PAGE_LINES);
+        Reply::Processes { lines, more }
+    }
+
+    // ---- what is done -----------------------------------------------------------------------
+
+    fn perform(&mut self, action: Action, objects: &Objects, events: &mut VecDeque<Event>) {
+        let control = &self.runtime.control;
+        match action {
+            Action::ForkReady { worker, place } => {
+                control.enrol(worker);
+                control.open_place(place);
+                let image = control.image();
+                let birth = Birth::Ready { place, image };
+                match self.fork(worker, birth) {
+                    Ok(()) => events.push_back(Event::Born {
+                        worker,
+                        place: Some(place),
+                        process: None,
+                        limits: Limits::default(),
+                    }),
+                    Err(_) => {
+                        control.close_place(place);
+                        self.not_born(worker, Some(place), events);
+                    }
+                }
+            }
+            Action::ForkForOldest { worker } => self.fork_for_oldest(worker, events),
+            Action::Settle { worker, status } => {
+                let settled = control.settle(worker, status);
+                tracing::debug!(target: "netmcore", worker = worker.0, ?status, process = ?settled.process, "a worker has ended");
+                events.push_back(Event::Settled { worker, settled });
+            }
+            Action::KillFor {
+                worker,
+                process,
+                cause,
+            } => {
+                let outcome = match cause {
+                    KillCause::Memory => Outcome::MemoryLimit,
+                    KillCause::Time => Outcome::TimeLimit,
+                };
+                if control.worker_of(process) == Some(worker) {
+                    control.note_outcome(process, outcome);
+                    self.kill(worker);
+                }
+            }
+            Action::Kill { worker } => self.kill(worker),
+            Action::EnterPhase(phase) => control.set_phase(phase),
+            Action::FailQueued => {
+                for process in control.queued() {
+                    control.fail_queued(process, Outcome::None);
+                }
+            }
+            Action::SampleMemory { worker, process } => {
+                if let Some(child) = self.children.get(&worker)
+                    && let Ok(used) = process::memory_use(child.pid)
+                {
+                    events.push_back(Event::MemoryUsed {
+                        process,
+                        bytes: used.private_bytes(),
+                    });
+                }
+            }
+            Action::Destroy(id, repr) => {
+                objects.destroy(id, &repr);
+            }
+        }
+    }
+
+    fn not_born(&mut self, worker: WorkerIndex, place: Option<u32>, events: &mut VecDeque<Event>) {
+        let now = Deadline::after(Duration::ZERO).as_nanos();
+        events.push_back(Event::NotBorn { worker, place, now });
+        if self.fatal.is_some() {
+            events.push_back(Event::ShutdownAsked);
+        }
+    }
+
+    fn fork_for_oldest(&mut self, worker: WorkerIndex, events: &mut VecDeque<Event>) {
+        let control = &self.runtime.control;
+        control.enrol(worker);
+        let Some(process) = control.claim_for_fork(worker) else {
+            // A ready worker was quicker.
+            events.push_back(Event::Unneeded { worker });
+            return;
+        };
+        let limits = self.limits_of(process);
+        match self.fork(worker, Birth::For(process)) {
+            Ok(()) => {
+                events.push_back(Event::Born {
+                    worker,
+                    place: None,
+                    process: Some(process),
+                    limits,
+                });
+            }
+            Err(errno) => {
+                control.fail_unforked(process, worker, errno);
+                self.not_born(worker, None, events);
+                events.push_back(Event::FailedToStart { process });
+            }
+        }
+    }
+
+    /// Forks a worker and watches it. After an error (an errno) there is none.
+    fn fork(&mut self, worker: WorkerIndex, birth: Birth) -> std::result::Result<(), i32> {
+        let pid = match birth::fork_worker(self.runtime, worker, birth, &self.inheritance) {
+            Ok(pid) => pid,
+            Err(BirthError::Errno(errno)) => return Err(errno),
+            Err(BirthError::MultiThreaded { threads }) => {
+                self.fatal = Some(Error::MultiThreaded { threads });
+                return Err(netmcore_sys::Errno::EAGAIN.raw());
+            }
+        };
+        self.runtime.control.set_unix_pid(worker, pid.get() as u32);
+        match self.watch(worker, pid) {
+            Ok(pidfd) => {
+                self.children.insert(worker, Child { pid, pidfd });
+                Ok(())
+            }
+            Err(errno) => {
+                // A worker that cannot be watched must not live: no descriptor was left for it.
+                let _ = process::kill_and_reap(pid);
+                Err(errno)
+            }
+        }
+    }
+
+    fn watch(&self, worker: WorkerIndex, pid: Pid) -> std::result::Result<PidFd, i32> {
+        let pidfd = PidFd::open(pid).map_err(|error| error.errno.raw())?;
+        let pidfd =
+            process::move_above(pidfd.into(), self.base).map_err(|error| error.errno.raw())?;
+        let pidfd = PidFd::from(pidfd);
+        self.epoll
+            .add(&pidfd, KIND_WORKER | u64::from(worker.0), Interest::Read)
+            .map_err(|error| error.errno.raw())?;
+        Ok(pidfd)
+    }
+
+    fn kill(&mut self, worker: WorkerIndex) {
+        if let Some(child) = self.children.get(&worker) {
+            // It fails only if the worker is a zombie already.
+            let _ = child.pidfd.send_signal(signal::SIGKILL);
+        }
+    }
+
+    /// Whether all workers have been reaped.
+    pub(crate) fn has_children(&self) -> bool {
+        !self.children.is_empty()
+    }
+
+    /// Ends all workers at once and waits for them; for a run that failed to begin.
+    pub(crate) fn kill_and_reap_all(&mut self) {
+        for (worker, child) in std::mem::take(&mut self.children) {
+            // It fails only for a worker that is a zombie already, and that is reaped as well.
+            let _ = child.pidfd.send_signal(signal::SIGKILL);
+            if let Ok(status) = child.pidfd.wait() {
+                self.runtime.control.settle(worker, status);
+            }
+            let _ = self.epoll.remove(&child.pidfd);
+        }
+    }
+
+    /// Performs an action outside of the loop.
+    pub(crate) fn perform_now(&mut self, action: Action, objects: &Objects, state: &mut State) {
+        let mut events = VecDeque::new();
+        let mut actions = VecDeque::from([action]);
+        while let Some(action) = actions.pop_front() {
+            self.perform(action, objects, &mut events);
+            let mut more = Vec::new();
+            for event in events.drain(..) {
+                state.step(event, &mut more);
+            }
+            actions.extend(more);
+        }
+    }
+
+    pub(crate) fn enter_over(&self) {
+        self.runtime.control.set_phase(Phase::Over);
+    }
+}
+
+/// Requests that need only the resource table and the record: they work before and after a run, too.
+pub(crate) fn answer_about_resources(
+    from: Option<User>,
+    request: Request,
+    state: &mut State,
+    objects: &Objects,
+) -> Reply {
+    let refuse = |error: Error| Reply::Refused(error.into());
+    let administrators_may = matches!(request, Request::Resources { .. });
+    let user = match from {
+        Some(user) => user,
+        None if administrators_may => User::Master,
+        None => {
+            let reason = "only processes of the run may use its resources".to_owned();
+            return Reply::Refused(RefusedReason::Other(reason));
+        }
+    };
+    let resources = &mut state.resources;
+    match request {
+        Request::Manage(repr) => {
+            if matches!(repr.ty(), ResourceType::ForkPoint | ResourceType::JoinPoint) {
+                let reason = "fork and join points come from definitions".to_owned();
+                return Reply::Refused(RefusedReason::Other(reason));
+            }
+            match resources.insert(repr.clone(), user) {
+                Err(error) => Reply::Refused(error.into()),
+                Ok(inserted) => match objects.register(&repr) {
+                    Ok(()) => Reply::Id(inserted.id),
+                    Err(error) => {
+                        if inserted.is_new {
+                            let _ = resources.remove(inserted.id, None);
+                        } else {
+                            let _ = resources.release(inserted.id, user);
+                        }
+                        refuse(error)
+                    }
+                },
+            }
+        }
+        Request::Create(creation) => match objects.create(&creation) {
+            Err(error) => refuse(error),
+            Ok(repr) => match resources.insert(repr.clone(), user) {
+                Ok(inserted) => Reply::Created {
+                    id: inserted.id,
+                    repr,
+                },
+                Err(error) => Reply::Refused(error.into()),
+            },
+        },
+        Request::Get { id, expected } => match resources.acquire(id, expected, user) {
+            Ok(repr) => Reply::Repr(repr.clone()),
+            Err(error) => Reply::Refused(error.into()),
+        },
+        Request::Release { id } => match resources.release(id, user) {
+            Ok(()) => Reply::Done,
+            Err(error) => Reply::Refused(error.into()),
+        },
+        Request::ReleaseAll => {
+            resources.drop_user(user);
+            Reply::Done
+        }
+        Request::Send { process, leg, ids } => {
+            match resources.send(user, process, leg, &ids, |_| false) {
+                Ok(()) => Reply::Done,
+                Err(error) => Reply::Refused(error.into()),
+            }
+        }
+        Request::DestroyResources => match from {
+            Some(User::Master) => destroy_all(state, objects),
+            _ => refuse(Error::NotInWorker {
+                call: "destroy_resources",
+            }),
+        },
+        Request::Resources { after } => {
+            let mut lines = resources.list(after, PAGE_LINES + 1);
+            let more = lines.len() > PAGE_LINES;
+            lines.truncate(PAGE_LINES);
+            Reply::Resources { lines, more }
+        }
+        other => {
+            let reason = format!("{other:?} needs a run, and none is under way");
+            Reply::Refused(RefusedReason::Other(reason))
+        }
+    }
+}
+
+fn destroy_all(state: &mut State, objects: &Objects) -> Reply {
+    let mut failures = Vec::new();
+    for (id, repr) in state.resources.destroy_all() {
+        failures.extend(objects.destroy(id, &repr).iter().map(ToString::to_string));
+    }
+    match failures.is_empty() {
+        true => Reply::Done,
+        false => Reply::Refused(RefusedReason::Other(failures.join("; "))),
+    }
+}

@@ -1,0 +1,551 @@
+//! What the master knows and how it decides: a pure function from events to actions.
+//!
+//! **Protocol.** `step(event)` changes the state and appends actions; it reads nothing else and does
+//! nothing else, so it is tested without any process. The loop (`master::run`) turns what happens into
+//! events and performs the actions in order.
+//!
+//! | phase | left when |
+//! |---|---|
+//! | `Running` | the first process has ended, an ending signal came, somebody asked, or all wait for ever |
+//! | `Asked { kill_at }` | all workers are gone, or the grace period is over, or a second signal came |
+//! | `Killing` | all workers are gone |
+//! | `Over` | never |
+//!
+//! **Invariants.**
+//! 1. A worker index is in use from `Born` to `Settled`, and is not given away between.
+//! 2. A resource without a user is handed out for deletion in the same step that took its last use.
+//!
+//! **If a worker dies** its `Ended` and `Settled` are two events like any other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use netmcore_sys::process::ExitStatus;
+
+use crate::control::{Phase, QueueFacts, READY_LIMIT, Settled, WorkerIndex};
+use crate::id::{ProcessId, ResourceId};
+use crate::resource::{Leg, ResourceRepr, ResourceTable, User};
+
+/// Time on the monotonic clock, in nanoseconds.
+pub(crate) type Nanos = u64;
+
+/// How often the memory of limited workers is looked at.
+const MEMORY_SAMPLE_NS: Nanos = 50_000_000;
+/// How long no ready worker is forked after a fork has failed.
+const FORK_PAUSE_NS: Nanos = 1_000_000_000;
+/// How many workers are forked before the loop looks at other events again.
+const FORKS_PER_ROUND: usize = 64;
+
+/// The limits that a process was started with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Limits {
+    pub memory_bytes: Option<u64>,
+    pub time_ns: Option<u64>,
+}
+
+impl Limits {
+    fn is_none(&self) -> bool {
+        self.memory_bytes.is_none() && self.time_ns.is_none()
+    }
+}
+
+/// All that can happen to the master.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Event {
+    /// A round of the loop begins.
+    Survey { now: Nanos, queue: QueueFacts },
+    /// A worker has been forked.
+    Born {
+        worker: WorkerIndex,
+        place: Option<u32>,
+        process: Option<ProcessId>,
+        limits: Limits,
+    },
+    /// A fork failed; what it was for has been told.
+    NotBorn {
+        worker: WorkerIndex,
+        place: Option<u32>,
+        now: Nanos,
+    },
+    /// The index was not needed after all.
+    Unneeded { worker: WorkerIndex },
+    /// A process has failed before it had a worker.
+    FailedToStart { process: ProcessId },
+    /// A ready worker has taken a process.
+    Claimed {
+        worker: WorkerIndex,
+        process: ProcessId,
+        limits: Limits,
+    },
+    /// A limited process is seen to run since then.
+    Started { process: ProcessId, at: Nanos },
+    /// The private memory of a limited worker.
+    MemoryUsed { process: ProcessId, bytes: u64 },
+    /// A worker's exit status has been fetched.
+    Ended {
+        worker: WorkerIndex,
+        status: ExitStatus,
+    },
+    /// What it left has been settled.
+    Settled {
+        worker: WorkerIndex,
+        settled: Settled,
+    },
+    /// An ending signal came.
+    Signal(i32),
+    /// Somebody who may asked for the end of the run.
+    ShutdownAsked,
+    /// Every worker waits for ever.
+    Deadlocked {
+        who: Vec<ProcessId>,
+        on_what: Vec<String>,
+    },
+    /// The result of this process has been taken or dropped: what was in it has landed.
+    ResultGone { process: ProcessId },
+    /// Resources have changed (by a request, which the loop answers itself).
+    ResourcesChanged,
+}
+
+/// All that the master can do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Action {
+    /// Fork a ready worker for this parking place.
+    ForkReady { worker: WorkerIndex, place: u32 },
+    /// Take the oldest queued process and fork a worker for it.
+    ForkForOldest { worker: WorkerIndex },
+    /// Settle the slots of a dead worker.
+    Settle {
+        worker: WorkerIndex,
+        status: ExitStatus,
+    },
+    /// Note why a process is about to be killed, then kill its worker.
+    KillFor {
+        worker: WorkerIndex,
+        process: ProcessId,
+        cause: KillCause,
+    },
+    /// Kill a worker.
+    Kill { worker: WorkerIndex },
+    /// Enter a phase of the control block and wake everybody.
+    EnterPhase(Phase),
+    /// Fail all that is queued.
+    FailQueued,
+    /// Look at the memory of this limited worker.
+    SampleMemory {
+        worker: WorkerIndex,
+        process: ProcessId,
+    },
+    /// Delete an object that nobody uses any more.
+    Destroy(ResourceId, ResourceRepr),
+}
+
+/// Which limit a process has exceeded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum KillCause {
+    Memory,
+    Time,
+}
+
+/// Why the run ends.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum EndReason {
+    FirstProcessEnded,
+    Signal(i32),
+    Asked,
+    Deadlock {
+        who: Vec<ProcessId>,
+        on_what: Vec<String>,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum RunPhase {
+    Running,
+    Asked { kill_at: Nanos },
+    Killing,
+    Over,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Worker {
+    place: Option<u32>,
+    process: Option<ProcessId>,
+}
+
+/// A process with limits.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Limited {
+    worker: WorkerIndex,
+    limits: Limits,
+    /// When it began to run, once that is known.
+    started: Option<Nanos>,
+    is_being_killed: bool,
+}
+
+/// The master's knowledge.
+#[derive(Debug)]
+pub(crate) struct State {
+    phase: RunPhase,
+    grace: Duration,
+    ready_target: usize,
+    first: Option<ProcessId>,
+    end_reason: Option<EndReason>,
+    workers: BTreeMap<WorkerIndex, Worker>,
+    limited: BTreeMap<ProcessId, Limited>,
+    /// Parking places with a worker that has claimed nothing, or is being forked.
+    places: BTreeMap<u32, WorkerIndex>,
+    /// Indices below `next_index` that no worker has.
+    spare: BTreeSet<WorkerIndex>,
+    next_index: u32,
+    worker_limit: u32,
+    now: Nanos,
+    no_fork_before: Nanos,
+    next_sample: Nanos,
+    /// Results that carry resources and have not been taken.
+    results_under_way: BTreeSet<ProcessId>,
+    pub(crate) resources: ResourceTable,
+}
+
+impl State {
+    pub(crate) fn new(resources: ResourceTable) -> State {
+        State {
+            phase: RunPhase::Running,
+            grace: Duration::ZERO,
+            ready_target: 0,
+            first: None,
+            end_reason: None,
+            workers: BTreeMap::new(),
+            limited: BTreeMap::new(),
+            places: BTreeMap::new(),
+            spare: BTreeSet::new(),
+            next_index: 1,
+            worker_limit: 0,
+            now: 0,
+            no_fork_before: 0,
+            next_sample: 0,
+            results_under_way: BTreeSet::new(),
+            resources,
+        }
+    }
+
+    /// Prepares for a run.
+    pub(crate) fn begin(&mut self, grace: Duration, ready_target: usize, worker_limit: usize) {
+        self.phase = RunPhase::Running;
+        self.grace = grace;
+        self.ready_target = ready_target.min(READY_LIMIT);
+        self.worker_limit = u32::try_from(worker_limit).unwrap_or(u32::MAX);
+        self.first = None;
+        self.end_reason = None;
+    }
+
+    /// Names the process whose end ends the run.
+    pub(crate) fn set_first(&mut self, process: ProcessId) {
+        self.first = Some(process);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.phase == RunPhase::Over
+    }
+    pub(crate) fn is_running(&self) -> bool {
+        self.phase == RunPhase::Running
+    }
+    pub(crate) fn end_reason(&self) -> Option<&EndReason> {
+        self.end_reason.as_ref()
+    }
+
+    /// All live workers.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = WorkerIndex> {
+        self.workers.keys().copied()
+    }
+    /// Ready workers that have not been seen to serve a process.
+    pub(crate) fn unclaimed(&self) -> impl Iterator<Item = WorkerIndex> {
+        self.places.values().copied()
+    }
+    /// Processes with limits that have not been seen to run.
+    pub(crate) fn unstarted(&self) -> impl Iterator<Item = ProcessId> {
+        self.limited
+            .iter()
+            .filter(|(_, limited)| limited.started.is_none())
+            .map(|(&process, _)| process)
+    }
+    /// Whether some process will be killed at a known time, so that nobody waits for ever.
+    pub(crate) fn has_time_limits(&self) -> bool {
+        self.limited
+            .values()
+            .any(|limited| limited.limits.time_ns.is_some())
+    }
+    pub(crate) fn results_under_way(&self) -> Vec<ProcessId> {
+        self.results_under_way.iter().copied().collect()
+    }
+    /// A result that carries resources is about to be delivered.
+    pub(crate) fn note_result_under_way(&mut self, process: ProcessId) {
+        self.results_under_way.insert(process);
+    }
+
+    /// When the loop must look again though nothing has happened.
+    pub(crate) fn wake_at(&self) -> Option<Nanos> {
+        let mut wake_at = match self.phase {
+            RunPhase::Asked { kill_at } => Some(kill_at),
+            _ => None,
+        };
+        let mut sooner = |at: Nanos| wake_at = Some(wake_at.map_or(at, |old: Nanos| old.min(at)));
+        if self.is_running() && self.no_fork_before > self.now {
+            sooner(self.no_fork_before);
+        }
+        for limited in self
+            .limited
+            .values()
+            .filter(|limited| !limited.is_being_killed)
+        {
+            match limited.started {
+                // It has been claimed and will note its start within microseconds.
+                None => sooner(self.now + 1_000_000),
+                Some(started) => {
+                    if let Some(limit) = limited.limits.time_ns {
+                        sooner(started.saturating_add(limit));
+                    }
+                }
+            }
+            if limited.limits.memory_bytes.is_some() {
+                sooner(self.next_sample);
+            }
+        }
+        wake_at
+    }
+
+    pub(crate) fn step(&mut self, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Survey { now, queue } => {
+                self.now = now;
+                self.survey(queue, actions);
+            }
+            Event::Born {
+                worker,
+                place,
+                process,
+                limits,
+            } => {
+                self.workers.insert(worker, Worker { place, process });
+                if let Some(process) = process {
+                    self.limit(worker, process, limits);
+                }
+            }
+            Event::NotBorn { worker, place, now } => {
+                self.spare.insert(worker);
+                if let Some(place) = place {
+                    self.places.remove(&place);
+                }
+                self.no_fork_before = now + FORK_PAUSE_NS;
+            }
+            Event::Unneeded { worker } => drop(self.spare.insert(worker)),
+            Event::FailedToStart { process } => self.process_ended(process, actions),
+            Event::Claimed {
+                worker,
+                process,
+                limits,
+            } => {
+                if let Some(claimer) = self.workers.get_mut(&worker) {
+                    claimer.process = Some(process);
+                    if let Some(place) = claimer.place.take() {
+                        self.places.remove(&place);
+                    }
+                    self.limit(worker, process, limits);
+                }
+            }
+            Event::Started { process, at } => {
+                if let Some(limited) = self.limited.get_mut(&process) {
+                    limited.started = Some(at);
+                }
+            }
+            Event::MemoryUsed { process, bytes } => self.memory_used(process, bytes, actions),
+            Event::Ended { worker, status } => actions.push(Action::Settle { worker, status }),
+            Event::Settled { worker, settled } => self.settled(worker, settled, actions),
+            Event::Signal(signal) => self.signalled(signal, actions),
+            Event::ShutdownAsked => self.shut_down(EndReason::Asked, actions),
+            Event::Deadlocked { who, on_what } => {
+                self.shut_down(EndReason::Deadlock { who, on_what }, actions);
+            }
+            Event::ResultGone { process } => {
+                self.results_under_way.remove(&process);
+                self.resources.land(process, Leg::Result);
+                self.destroy_unused(actions);
+            }
+            Event::ResourcesChanged => self.destroy_unused(actions),
+        }
+    }
+
+    fn limit(&mut self, worker: WorkerIndex, process: ProcessId, limits: Limits) {
+        if !limits.is_none() {
+            let limited = Limited {
+                worker,
+                limits,
+                started: None,
+                is_being_killed: false,
+            };
+            self.limited.insert(process, limited);
+        }
+    }
+
+    /// A round begins: serve the queue, refill the parking places, look at limits and at the clock.
+    fn survey(&mut self, queue: QueueFacts, actions: &mut Vec<Action>) {
+        match self.phase {
+            RunPhase::Running => {
+                self.serve_queue(queue, actions);
+                self.enforce_limits(actions);
+            }
+            RunPhase::Asked { kill_at } => {
+                self.enforce_limits(actions);
+                if self.workers.is_empty() {
+                    self.phase = RunPhase::Over;
+                } else if self.now >= kill_at {
+                    self.kill_all(actions);
+                }
+            }
+            RunPhase::Killing if self.workers.is_empty() => self.phase = RunPhase::Over,
+            RunPhase::Killing | RunPhase::Over => {}
+        }
+    }
+
+    fn serve_queue(&mut self, queue: QueueFacts, actions: &mut Vec<Action>) {
+        let unserved = queue.queued.saturating_sub(queue.idle).min(FORKS_PER_ROUND);
+        for _ in 0..unserved {
+            let Some(worker) = self.free_index() else {
+                break;
+            };
+            actions.push(Action::ForkForOldest { worker });
+        }
+        if self.now < self.no_fork_before {
+            return;
+        }
+        for place in 0..READY_LIMIT as u32 {
+            if self.places.len() >= self.ready_target {
+                break;
+            }
+            if self.places.contains_key(&place) {
+                continue;
+            }
+            let Some(worker) = self.free_index() else {
+                break;
+            };
+            self.places.insert(place, worker);
+            actions.push(Action::ForkReady { worker, place });
+        }
+    }
+
+    /// The lowest index that no worker has; it counts as taken from now on.
+    fn free_index(&mut self) -> Option<WorkerIndex> {
+        if let Some(index) = self.spare.pop_first() {
+            return Some(index);
+        }
+        let index = (self.next_index < self.worker_limit).then_some(WorkerIndex(self.next_index));
+        self.next_index += u32::from(index.is_some());
+        index
+    }
+
+    fn enforce_limits(&mut self, actions: &mut Vec<Action>) {
+        let must_sample = self.now >= self.next_sample;
+        for (&process, limited) in &mut self.limited {
+            if limited.is_being_killed {
+                continue;
+            }
+            let worker = limited.worker;
+            if let (Some(started), Some(limit)) = (limited.started, limited.limits.time_ns)
+                && self.now >= started.saturating_add(limit)
+            {
+                limited.is_being_killed = true;
+                actions.push(Action::KillFor {
+                    worker,
+                    process,
+                    cause: KillCause::Time,
+                });
+            } else if must_sample && limited.limits.memory_bytes.is_some() {
+                actions.push(Action::SampleMemory { worker, process });
+            }
+        }
+        if must_sample {
+            self.next_sample = self.now + MEMORY_SAMPLE_NS;
+        }
+    }
+
+    fn memory_used(&mut self, process: ProcessId, bytes: u64, actions: &mut Vec<Action>) {
+        let Some(limited) = self.limited.get_mut(&process) else {
+            return;
+        };
+        let exceeded = limited
+            .limits
+            .memory_bytes
+            .is_some_and(|limit| bytes > limit);
+        if exceeded && !limited.is_being_killed {
+            limited.is_being_killed = true;
+            let (worker, cause) = (limited.worker, KillCause::Memory);
+            actions.push(Action::KillFor {
+                worker,
+                process,
+                cause,
+            });
+        }
+    }
+
+    fn settled(&mut self, worker: WorkerIndex, settled: Settled, actions: &mut Vec<Action>) {
+        if let Some(Worker {
+            place: Some(place), ..
+        }) = self.workers.remove(&worker)
+        {
+            self.places.remove(&place);
+        }
+        self.spare.insert(worker);
+        if let Some(process) = settled.process {
+            self.limited.remove(&process);
+            self.process_ended(process, actions);
+        }
+    }
+
+    fn process_ended(&mut self, process: ProcessId, actions: &mut Vec<Action>) {
+        self.resources.process_ended(process);
+        self.destroy_unused(actions);
+        if self.first == Some(process) {
+            self.shut_down(EndReason::FirstProcessEnded, actions);
+        }
+    }
+
+    fn signalled(&mut self, signal: i32, actions: &mut Vec<Action>) {
+        match self.phase {
+            RunPhase::Running => self.shut_down(EndReason::Signal(signal), actions),
+            // Whoever presses the key again does not want to wait.
+            RunPhase::Asked { .. } => self.kill_all(actions),
+            RunPhase::Killing | RunPhase::Over => {}
+        }
+    }
+
+    fn shut_down(&mut self, reason: EndReason, actions: &mut Vec<Action>) {
+        if self.phase != RunPhase::Running {
+            return;
+        }
+        self.end_reason = Some(reason);
+        let grace = u64::try_from(self.grace.as_nanos()).unwrap_or(u64::MAX);
+        self.phase = RunPhase::Asked {
+            kill_at: self.now.saturating_add(grace),
+        };
+        actions.push(Action::EnterPhase(Phase::ShuttingDown));
+        actions.push(Action::FailQueued);
+    }
+
+    fn kill_all(&mut self, actions: &mut Vec<Action>) {
+        self.phase = RunPhase::Killing;
+        actions.extend(self.workers.keys().map(|&worker| Action::Kill { worker }));
+    }
+
+    fn destroy_unused(&mut self, actions: &mut Vec<Action>) {
+        let unused = self.resources.take_unused(|_| false);
+        actions.extend(
+            unused
+                .into_iter()
+                .map(|(id, repr)| Action::Destroy(id, repr)),
+        );
+    }
+
+    /// Who speaks when this worker asks for something.
+    pub(crate) fn user(&self, worker: WorkerIndex) -> Option<User> {
+        self.workers.get(&worker)?.process.map(User::Process)
+    }
+}
