@@ -27,7 +27,7 @@
 //! 2. Block words change from 0 to a tag or a claim, and back to 0, and in no other way. So a late CAS by
 //!    somebody who holds the page for what it was takes nothing that is in use, and is undone.
 //! 3. Words of rows that are claimed (retiring) are so by the holder of the lock; if there is none, by a dead one.
-//! 4. Everything in [`layout::Hints`] and [`layout::Lane`] is a hint.
+//! 4. Everything in `layout::Hints` and `layout::Lane` is a hint.
 //!
 //! **If a process dies here.** Holding the lock: the next to take it is told, and undoes claims and rebuilds the hints
 //! from the words. In `alloc`: the block is the tag's or free. In `free`: see the table. A chunk made for a block that was then not
