@@ -318,9 +318,7 @@ impl Files {
     /// Locks the record, with a pending compaction finished.
     fn lock(&self) -> Result<Locked<'_>> {
         let locked = self.lock_unsettled()?;
-        if locked.rewriting()? == Rewriting::Committed {
-            locked.finish_rewriting()?;
-        }
+        locked.finish_rewriting()?;
         Ok(locked)
     }
 }
