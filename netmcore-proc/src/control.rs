@@ -159,6 +159,8 @@ pub(crate) enum Outcome {
     },
     MemoryLimit,
     TimeLimit,
+    /// The run ended before it began to run.
+    ShutDown,
     /// The fork failed with this errno.
     NotForked {
         errno: i32,
@@ -182,6 +184,7 @@ impl Outcome {
             Outcome::MemoryLimit => (5, 0),
             Outcome::TimeLimit => (6, 0),
             Outcome::NotForked { errno } => (7, errno),
+            Outcome::ShutDown => (8, 0),
         };
         kind << 32 | u64::from(code as u32)
     }
@@ -201,6 +204,7 @@ impl Outcome {
             5 => Outcome::MemoryLimit,
             6 => Outcome::TimeLimit,
             7 => Outcome::NotForked { errno: code },
+            8 => Outcome::ShutDown,
             _ => Outcome::None,
         }
     }
@@ -454,6 +458,8 @@ pub(crate) struct Control {
     layout: Layout,
     slot_count: usize,
     worker_count: usize,
+    /// Smaller ids belong to earlier runs of the program.
+    first_process: u64,
     heap: TaggedHeap,
 }
 
@@ -487,6 +493,7 @@ impl Control {
             layout,
             slot_count,
             worker_count,
+            first_process,
             heap,
         };
         let header = control.header();
@@ -1016,7 +1023,7 @@ impl Control {
         let (slot, generation) = self.key(process);
         let word = Word(slot.word.load(Acquire));
         if word.generation() < generation {
-            let known = process.get() != 0 && process.get() < self.next_process();
+            let known = (self.first_process..self.next_process()).contains(&process.get());
             return if known { Seen::Gone } else { Seen::Never };
         }
         if word.generation() > generation {
@@ -1425,6 +1432,12 @@ impl Control {
         }
         entry.waits_for.store(process.get(), Relaxed);
         entry.waiting.fetch_add(1 << 16 | 1, SeqCst);
+        let (slot, generation) = self.key(process);
+        let word = Word(slot.word.load(SeqCst));
+        if word.generation() == generation && word.state() == SlotState::Queued {
+            // Whoever serves it will be busy, and look when it begins to wait.
+            return false;
+        }
         let highest = self.header().highest_worker.load(SeqCst);
         !(1..=highest).map(WorkerIndex).any(|worker| {
             self.process_served_by(worker).is_some() && self.wait_of(worker).threads == 0

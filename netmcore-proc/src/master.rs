@@ -91,6 +91,9 @@ struct Core {
     state: State,
     opened: Option<Opened>,
     run: Option<Run>,
+    has_pidfile: bool,
+    /// The run is over, or was given up: nothing is opened again.
+    is_over: bool,
 }
 
 /// The directory is ours.
@@ -105,6 +108,11 @@ impl Core {
     fn open(&mut self) -> Result<()> {
         if self.opened.is_some() {
             return Ok(());
+        }
+        if self.is_over {
+            return Err(Error::NotRunning {
+                call: "a request to the master",
+            });
         }
         let dir = std::path::absolute(&self.config.dir).map_err(|error| Error::InvalidPath {
             path: self.config.dir.clone(),
@@ -359,6 +367,8 @@ impl Master {
             state: State::new(ResourceTable::starting_at(first_resource)),
             opened: None,
             run: None,
+            has_pidfile: false,
+            is_over: false,
         }));
         CURRENT.set(Some(Rc::clone(&core)));
         Master { core, init: None }
@@ -566,6 +576,20 @@ impl Master {
     }
 }
 
+/// A master that was opened by a resource call, but never run, ends in order, too.
+impl Drop for Master {
+    fn drop(&mut self) {
+        let is_worker = context::role() == Role::Worker;
+        if let Ok(mut core) = self.core.try_borrow_mut()
+            && !is_worker
+            && core.opened.is_some()
+        {
+            // Failures have been logged; there is nobody to tell.
+            let _ = core.end();
+        }
+    }
+}
+
 impl Core {
     /// Steps 2 and 3 of the module docs.
     fn begin(&mut self) -> Result<()> {
@@ -587,12 +611,12 @@ impl Core {
             first_process,
         )?;
         if let Some(pidfile) = &self.config.pidfile {
-            std::fs::write(pidfile, format!("{}\n", std::process::id())).map_err(|error| {
-                Error::InvalidPath {
-                    path: pidfile.clone(),
-                    why: error.to_string(),
-                }
+            let pid = format!("{}\n", std::process::id());
+            std::fs::write(pidfile, pid).map_err(|error| Error::InvalidPath {
+                path: pidfile.clone(),
+                why: error.to_string(),
             })?;
+            self.has_pidfile = true;
         }
         let doorbell = Arc::new(EventFd::new().map_err(doing())?);
         let base = birth::choose_base()?;
@@ -654,7 +678,6 @@ impl Core {
             run.enter_over();
             NEXT_PROCESS.fetch_max(run.runtime.control.next_process(), Relaxed);
             *run.runtime.doorbell.lock().expect("one thread") = None;
-            run.inheritance.restore();
         }
         if let Some(opened) = self.opened.take() {
             for (id, repr) in self.state.resources.destroy_all() {
@@ -669,6 +692,7 @@ impl Core {
         }
         NEXT_RESOURCE.fetch_max(self.state.resources.next_id().get(), Relaxed);
         if let Some(pidfile) = &self.config.pidfile
+            && std::mem::take(&mut self.has_pidfile)
             && let Err(error) = std::fs::remove_file(pidfile)
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -677,6 +701,7 @@ impl Core {
                 why: error.to_string(),
             }));
         }
+        self.is_over = true;
         context::become_nobody();
         tracing::info!(target: "netmcore", "the run is over");
         first_error.map_or(Ok(()), Err)

@@ -538,7 +538,7 @@ fn join_error(process: ProcessId, cause: Outcome, limits: (u64, u64)) -> JoinErr
             let reason = manage::fork_refusal(errno);
             JoinError::NotStarted { process, reason }
         }
-        Outcome::None | Outcome::Reported => JoinError::ShutDown { process },
+        Outcome::None | Outcome::Reported | Outcome::ShutDown => JoinError::ShutDown { process },
     }
 }
 

@@ -93,11 +93,17 @@ impl Inheritance {
         self.restore();
     }
 
-    /// In the master, when the run is over.
-    pub(crate) fn restore(&self) {
+    fn restore(&self) {
         let _ = signal::restore(signal::SIGCHLD, &self.sigchld);
         let _ = process::set_limit(Resource::DescriptorCount, self.descriptors);
         let _ = signal::set_mask(&self.mask);
+    }
+}
+
+/// In the master, when the run is over or could not begin. A worker never drops its copy.
+impl Drop for Inheritance {
+    fn drop(&mut self) {
+        self.restore();
     }
 }
 

@@ -698,7 +698,7 @@ impl Run {
             Action::EnterPhase(phase) => control.set_phase(phase),
             Action::FailQueued => {
                 for process in control.queued() {
-                    control.fail_queued(process, Outcome::None);
+                    control.fail_queued(process, Outcome::ShutDown);
                 }
             }
             Action::SampleMemory { worker, process } => {
