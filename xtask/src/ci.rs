@@ -1,7 +1,8 @@
 //! `cargo xtask ci`: everything that must hold before a change lands.
 //!
-//! **Steps** run in the order of [`STEPS`]; the first that fails ends the run, unless `--keep-going` is said. Whatever happens, the last lines are a table of
-//! times, the sum of all test results in cargo's format, and the same as `N passed, N failed, N skipped`.
+//! **Steps** run in the order of [`STEPS`]; the first that fails ends the run, unless `--keep-going` is said.
+//! Whatever happens, the last lines are a table of times, the sum of all test results in cargo's format, and the
+//! same as `N passed, N failed, N skipped`.
 //!
 //! **Target folders**: all steps share one. Tests, doc tests and scratch packages use the dev profile and the same
 //! builds of the dependencies; clippy and the feature sets share their check artefacts; only the examples are built

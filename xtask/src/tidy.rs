@@ -167,6 +167,10 @@ mod tests {
             "netmcore-proc",
             "//! Processes.\nmod codec;\nuse netmcore_sys as sys;\n",
         );
+        proc.sources.push(Source::new(
+            "netmcore-proc/src/master/reap.rs",
+            "fn f() {\n    crash_point!(\"proc.reap.a\");\n    crash_point!(\"proc.master.b\");\n}\n",
+        ));
         proc.dependencies = vec![
             dependency("netmcore-sys", DependencyKind::Normal),
             dependency("bincode", DependencyKind::Normal),

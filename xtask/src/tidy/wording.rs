@@ -125,16 +125,29 @@ fn literal(text: &str) -> Option<&str> {
     Some(&inside[..inside.find('"')?])
 }
 
+/// The file's part may also be the folder of the module that the file is a piece of.
 fn misnamed(package: &Package, source: &Source, name: &str) -> Option<String> {
     let crate_part = package
         .name
         .strip_prefix("netmcore-")
-        .unwrap_or(&package.name);
-    let prefix = format!("{}.{}.", crate_part.replace('-', "_"), source.stem());
-    let step = name.strip_prefix(&prefix).unwrap_or("");
+        .unwrap_or(&package.name)
+        .replace('-', "_");
+    let src = package.folder.join("src");
+    let inside = source.path.strip_prefix(src).unwrap_or(&source.path);
+    let folders = inside.parent().into_iter().flat_map(Path::iter);
+    let mut files = folders
+        .filter_map(|folder| folder.to_str())
+        .chain([source.stem()]);
     let valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    (step.is_empty() || !step.chars().all(valid))
-        .then(|| format!("crash point {name} is not called {prefix}step"))
+    let is_step = |step: &str| !step.is_empty() && step.chars().all(valid);
+    let named_well = files.any(|file| {
+        name.strip_prefix(&format!("{crate_part}.{file}."))
+            .is_some_and(is_step)
+    });
+    (!named_well).then(|| {
+        let stem = source.stem();
+        format!("crash point {name} is not called {crate_part}.{stem}.step")
+    })
 }
 
 fn sources(workspace: &Workspace) -> impl Iterator<Item = (&Package, &Source)> {
