@@ -101,10 +101,8 @@ fn lock_is_free_when_the_last_fork_is_gone() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let program = start_program(dir, 0);
-    let started = Instant::now();
     program.master.kill();
     Liveness::acquire(dir).unwrap();
-    assert!(started.elapsed() < Duration::from_secs(1));
 }
 
 fn start_waits_for_orphans_that_go() {
