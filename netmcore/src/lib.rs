@@ -4,6 +4,28 @@
 //! computes. A worker runs one typed function on one argument, returns one result, and may be killed at any instruction:
 //! whoever waits for it is told what became of it, and what it had is given back.
 //!
+//! ```rust,standalone_crate
+//! use netmcore::prelude::*;
+//!
+//! fn squares(dir: &Path) -> netmcore::Result<()> {
+//!     let mut master = Master::builder(dir);                          // the socket directory: ours alone, mode 0700
+//!     let square = master.def_process(|k: u64| k * k);                // captures allowed: defined before the first worker
+//!     let sum = master.def_process(move |upto: u64| -> u64 {
+//!         let running: Vec<_> = (1..=upto).map(|k| square.start(&k).unwrap()).collect();   // from a worker
+//!         running.into_iter().map(|process| process.join().unwrap()).sum()                 // Result<u64, JoinError>
+//!     });
+//!     println!("{}", master.run(&sum, &10)?);                         // becomes the master; returns the first process's result
+//!     Ok(())
+//! }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! #     let dir = tempfile::tempdir()?;
+//! #     Ok(squares(dir.path())?)
+//! # }
+//! ```
+//!
+//! The [`guide`] tells the rest in four chapters: [processes](guide::processes), [errors](guide::errors),
+//! [resources](guide::resources), and [what a worker finds](guide::workers).
+//!
 //! # Features
 //!
 //! | feature | default | what it is |
@@ -45,5 +67,26 @@ pub use netmcore_sys as sys;
 #[doc(inline)]
 pub use netmcore_proc::*;
 
+#[cfg(feature = "proc")]
+pub mod guide;
+#[cfg(feature = "proc")]
+pub mod prelude;
 #[cfg(feature = "progress")]
 pub mod progress;
+
+// Reserved features: the dependency is declared and built, and nothing uses it yet.
+#[cfg(feature = "cli")]
+use clap as _;
+#[cfg(feature = "ndarray")]
+use ndarray as _;
+#[cfg(feature = "tokio")]
+use tokio as _;
+
+/// The examples in the READMEs are tests.
+#[cfg(all(doctest, feature = "proc"))]
+mod readme {
+    #[doc = include_str!("../README.md")]
+    struct OfThisCrate;
+    #[doc = include_str!("../../README.md")]
+    struct OfTheProject;
+}
