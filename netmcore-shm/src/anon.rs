@@ -7,7 +7,7 @@
 //! **If a process dies here.** Its mapping goes; the memory goes with the last mapping. Nothing has a name, so nothing
 //! can leak.
 //!
-//! **Not here.** Objects with a name, which unrelated processes can open.
+//! **Not here.** Objects with a name, which unrelated processes can open: [`ShmObject`](crate::ShmObject).
 //!
 //! # Safety
 //!

@@ -51,16 +51,13 @@ mod verify;
 pub use verify::HeapStats;
 
 use crate::error::{Error, Result, SpaceLimit};
-use crate::headroom::headroom;
+use crate::headroom::{HEADROOM_FROM_BYTES, headroom};
 use layout::{Info, LANES, MAGIC, PAGE_BYTES, ROW_WORDS, View, truth};
 use netmcore_sem::Owners;
 use netmcore_sys::map::page_size;
 use netmcore_sys::{SysError, crash_point};
 use std::num::NonZeroU64;
 use std::sync::atomic::Ordering;
-
-/// From this length on, an allocation looks at the headroom first.
-const HEADROOM_FROM_BYTES: usize = 16 << 20;
 
 /// A heap of tagged blocks in shared memory: this process's view of it.
 ///
@@ -524,7 +521,7 @@ impl TaggedHeap {
         if page_count > self.view.page_count() {
             return Err(self.out_of_pool_memory(len_bytes));
         }
-        if len_bytes >= HEADROOM_FROM_BYTES {
+        if len_bytes as u64 >= HEADROOM_FROM_BYTES {
             let room = headroom();
             if room.bytes < len_bytes as u64 {
                 return Err(Error::NoSpace {
