@@ -22,6 +22,7 @@ use netmcore_sys::poll::EventFd;
 use crate::control::{Control, Entry, WorkerIndex};
 use crate::error::Error;
 use crate::id::ProcessId;
+use crate::own_fd::OwnFd;
 use crate::worker::Body;
 
 /// What the processes of one run share through fork.
@@ -33,7 +34,7 @@ pub(crate) struct Runtime {
     /// Addresses at which functions may lie, as they were when the run began.
     pub executable: Vec<Range<usize>>,
     /// Rung by workers when only the master can help.
-    pub doorbell: Mutex<Option<Arc<EventFd>>>,
+    pub doorbell: Mutex<Option<Arc<OwnFd<EventFd>>>>,
     /// The socket on which the master takes requests.
     pub admin_socket: PathBuf,
     /// The record of kernel-persistent objects; none with `disable_pmanage`.

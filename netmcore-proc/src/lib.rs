@@ -11,6 +11,7 @@ mod id;
 mod inside;
 mod manage;
 mod master;
+mod own_fd;
 mod point;
 mod resource;
 mod spawn;

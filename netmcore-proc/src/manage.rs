@@ -31,6 +31,7 @@ use crate::context::{self, Role, Runtime};
 use crate::error::{Error, Result};
 use crate::id::{ProcessId, ResourceId};
 use crate::master;
+use crate::own_fd::OwnFd;
 use crate::resource::{Leg, ResourceRepr, ResourceType, managed_path};
 use crate::wire::{Creation, FrameReader, RefusedReason, Reply, Request, WireError, frame};
 
@@ -204,7 +205,7 @@ pub(crate) fn landed_result(runtime: &Runtime) {
 
 /// A blocking connection to the master.
 struct Client {
-    socket: OwnedFd,
+    socket: OwnFd<OwnedFd>,
     reader: FrameReader,
 }
 
@@ -216,19 +217,19 @@ impl Client {
     fn connect(runtime: &Runtime) -> Result<Client> {
         let socket = socket::connect(&runtime.admin_socket).map_err(|_| gone(runtime))?;
         Ok(Client {
-            socket,
+            socket: OwnFd::new(socket),
             reader: FrameReader::default(),
         })
     }
 
     fn ask(&mut self, runtime: &Runtime, request: &Request) -> Result<Reply> {
         let bytes = frame(request).map_err(wire_error)?;
-        if !socket::send_all(&self.socket, &bytes).unwrap_or(false) {
+        if !socket::send_all(&*self.socket, &bytes).unwrap_or(false) {
             return Err(gone(runtime));
         }
         let mut buffer = [0; 4096];
         loop {
-            let count = match socket::receive(&self.socket, &mut buffer) {
+            let count = match socket::receive(&*self.socket, &mut buffer) {
                 Ok(count) if count > 0 => count,
                 _ => return Err(gone(runtime)),
             };

@@ -44,6 +44,7 @@ use crate::context::{self, BodyCell, Definition, Role, Runtime};
 use crate::control::{Control, POINT_LIMIT, READY_LIMIT};
 use crate::error::{Error, Result};
 use crate::id::ProcessId;
+use crate::own_fd::OwnFd;
 use crate::point::{PointKey, Process, Running};
 use crate::resource::{ResourceRepr, ResourceTable, User};
 use crate::wire::{Reply, Request};
@@ -618,7 +619,7 @@ impl Core {
             })?;
             self.has_pidfile = true;
         }
-        let doorbell = Arc::new(EventFd::new().map_err(doing())?);
+        let doorbell = Arc::new(OwnFd::new(EventFd::new().map_err(doing())?));
         let base = birth::choose_base()?;
         let listener = ControllerSocket::create(&opened.dir, &opened.liveness)?;
         let inheritance = Inheritance::note(base)?;
@@ -670,7 +671,10 @@ impl Core {
                 first_error.get_or_insert(error);
             }
         };
-        if let Some(mut run) = self.run.take() {
+        // It restores signals last: one that is pending, as when a key is pressed again, usually ends the
+        // program, and must find nothing left to tidy up.
+        let mut run = self.run.take();
+        if let Some(run) = &mut run {
             if run.has_children() {
                 // The run failed before or in its first start: nobody is owed a grace period.
                 run.kill_and_reap_all();
@@ -703,6 +707,7 @@ impl Core {
         }
         self.is_over = true;
         context::become_nobody();
+        drop(run);
         tracing::info!(target: "netmcore", "the run is over");
         first_error.map_or(Ok(()), Err)
     }

@@ -1,8 +1,8 @@
 //! The fork of a worker, and what it must undo of its master.
 //!
 //! **Invariants.**
-//! 1. All descriptors of the master lie at `base` or above: the liveness lock at `base`, the doorbell
-//!    at `base + 1`, everything else from `base + 2` on. A worker closes all from `base + 2`.
+//! 1. All descriptors of the master lie at `base` or above, except the liveness lock and the doorbell,
+//!    which workers keep, and which lie below. A worker closes all from `base` on.
 //! 2. A worker has the signal mask, the actions and the descriptor limit that the program had when it
 //!    called `run`; except that SIGINT, if it had the default action, does nothing, since the terminal
 //!    sends it to the whole group and the master ends its workers in order.
@@ -27,8 +27,8 @@ use crate::worker::{self, Birth};
 /// What a worker restores, and the master when the run is over.
 pub(crate) struct Inheritance {
     pub(crate) master: Pid,
-    /// The first descriptor of the master that no worker needs.
-    first_private_fd: RawFd,
+    /// The lowest descriptor that is the master's alone.
+    base: RawFd,
     mask: SignalSet,
     sigchld: SavedAction,
     has_default_sigint: bool,
@@ -63,7 +63,7 @@ impl Inheritance {
         let mask = signal::block(&ending).map_err(doing())?;
         Ok(Inheritance {
             master: Pid::this(),
-            first_private_fd: base + 2,
+            base,
             mask,
             sigchld,
             has_default_sigint,
@@ -86,7 +86,7 @@ impl Inheritance {
     pub(crate) fn restore_in_worker(&self) {
         // SAFETY: the descriptors from here on are the master's (invariant 1); their owners lie in
         // memory that a worker never touches or drops.
-        let _ = unsafe { process::close_range(self.first_private_fd, RawFd::MAX) };
+        let _ = unsafe { process::close_range(self.base, RawFd::MAX) };
         if self.has_default_sigint {
             let _ = signal::set_empty_handler(signal::SIGINT);
         }

@@ -33,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::id::{ProcessId, ResourceId};
 use crate::master::birth::{self, BirthError, Inheritance};
 use crate::master::state::{Action, Event, KillCause, Limits, State};
+use crate::own_fd::OwnFd;
 use crate::resource::{Leg, ResourceRepr, ResourceType, User};
 use crate::wire::{
     self, Creation, FrameReader, PAGE_LINES, ProcessLine, RefusedReason, Reply, Request, WireError,
@@ -159,7 +160,7 @@ pub(crate) struct Run {
     pub(crate) inheritance: Inheritance,
     base: RawFd,
     epoll: Epoll,
-    doorbell: Arc<EventFd>,
+    doorbell: Arc<OwnFd<EventFd>>,
     signals: SignalFd,
     listener: Listener,
     children: BTreeMap<WorkerIndex, Child>,
@@ -174,7 +175,7 @@ impl Run {
         runtime: &'static Runtime,
         inheritance: Inheritance,
         base: RawFd,
-        doorbell: Arc<EventFd>,
+        doorbell: Arc<OwnFd<EventFd>>,
         listener: Listener,
     ) -> Result<Run> {
         let doing = || Error::system("setting up the master's event loop");
@@ -183,7 +184,7 @@ impl Run {
         let signals = birth::place_fd(signals, base)?;
         let listener = birth::place_fd(listener, base)?;
         epoll
-            .add(&*doorbell, DOORBELL, Interest::Read)
+            .add(&**doorbell, DOORBELL, Interest::Read)
             .map_err(doing())?;
         epoll
             .add(&signals, SIGNALS, Interest::Read)
