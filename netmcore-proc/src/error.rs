@@ -3,6 +3,7 @@
 //! **Rules.** Each message says what was attempted, on which object, which limit was met and what to change; lower
 //! case, no full stop. `Display` tells the whole story, the cause included; `source()` gives the cause to programs.
 
+use std::any::Any;
 use std::fmt;
 use std::panic::PanicHookInfo;
 use std::path::PathBuf;
@@ -577,30 +578,43 @@ pub(crate) enum Failure {
 /// The longest part of a panic's message that is kept.
 const PANIC_MESSAGE_LIMIT_BYTES: usize = 64 << 10;
 
+/// What a panic says, cut to a length that is always delivered.
+fn panic_message(payload: &dyn Any) -> String {
+    let text = match (
+        payload.downcast_ref::<&str>(),
+        payload.downcast_ref::<String>(),
+    ) {
+        (Some(text), _) => text,
+        (_, Some(text)) => text.as_str(),
+        _ => "a value that is not text (by `panic_any`)",
+    };
+    let mut kept_bytes = text.len().min(PANIC_MESSAGE_LIMIT_BYTES);
+    while !text.is_char_boundary(kept_bytes) {
+        kept_bytes -= 1;
+    }
+    let kept = &text[..kept_bytes];
+    let mut message = kept.to_string();
+    if kept.len() < text.len() {
+        message.push_str(&format!(" … and {} bytes more", text.len() - kept.len()));
+    }
+    message
+}
+
 impl Failure {
     /// Records a panic; to be called in the panic hook, where the stack is still there.
     pub(crate) fn panicked(info: &PanicHookInfo<'_>) -> Failure {
-        let payload = info.payload();
-        let text = match (
-            payload.downcast_ref::<&str>(),
-            payload.downcast_ref::<String>(),
-        ) {
-            (Some(text), _) => text,
-            (_, Some(text)) => text.as_str(),
-            _ => "a value that is not text (by `panic_any`)",
-        };
-        let mut kept_bytes = text.len().min(PANIC_MESSAGE_LIMIT_BYTES);
-        while !text.is_char_boundary(kept_bytes) {
-            kept_bytes -= 1;
-        }
-        let kept = &text[..kept_bytes];
-        let mut message = kept.to_string();
-        if kept.len() < text.len() {
-            message.push_str(&format!(" … and {} bytes more", text.len() - kept.len()));
-        }
         Failure::Panicked {
-            message,
+            message: panic_message(info.payload()),
             location: info.location().map(ToString::to_string),
+            backtrace: Backtrace::capture(),
+        }
+    }
+
+    /// Records a panic that no hook has seen, by what was caught.
+    pub(crate) fn caught(payload: &(dyn Any + Send)) -> Failure {
+        Failure::Panicked {
+            message: panic_message(payload),
+            location: None,
             backtrace: Backtrace::capture(),
         }
     }

@@ -29,7 +29,7 @@ use netmcore_sys::futex::Deadline;
 use netmcore_sys::process::{self, Limit};
 
 use crate::abort;
-use crate::backtrace::{Backtrace, user_code};
+use crate::backtrace::user_code;
 use crate::codec::{self, Codec, EncodeError};
 use crate::context::{self, Runtime};
 use crate::control::{Entry, Job, Parked, WorkerIndex};
@@ -193,12 +193,11 @@ fn serve(runtime: &'static Runtime, index: WorkerIndex, job: Job) {
         }
         call(runtime, job)
     }));
-    let outcome = outcome.unwrap_or_else(|_| {
-        Err(LAST_PANIC.take().unwrap_or_else(|| Failure::Panicked {
-            message: "resume_unwind was called without a panic".to_owned(),
-            location: None,
-            backtrace: Backtrace::capture(),
-        }))
+    let outcome = outcome.unwrap_or_else(|payload| {
+        // Nothing was noted if the program has set a hook of its own since the run began, or has called
+        // `resume_unwind`, which calls none.
+        let noted = LAST_PANIC.take();
+        Err(noted.unwrap_or_else(|| Failure::caught(&*payload)))
     });
     control.note_panic(process, None);
     crash_point!("proc.worker.ran");
