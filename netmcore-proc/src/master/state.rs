@@ -7,7 +7,7 @@
 //! | phase | left when |
 //! |---|---|
 //! | `Running` | the first process has ended, an ending signal came, somebody asked, or all wait for ever |
-//! | `Asked { kill_at }` | all workers are gone, or the grace period is over, or a second signal came |
+//! | `Asked { kill_at }` (from the next survey on) | all workers are gone, or the grace period is over, or a second signal came |
 //! | `Killing` | all workers are gone |
 //! | `Over` | never |
 //!
@@ -161,7 +161,10 @@ pub(crate) enum EndReason {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum RunPhase {
     Running,
-    Asked { kill_at: Nanos },
+    /// `None` until the clock has been read: the time of the last survey may be long past.
+    Asked {
+        kill_at: Option<Nanos>,
+    },
     Killing,
     Over,
 }
@@ -285,7 +288,7 @@ impl State {
     /// When the loop must look again though nothing has happened.
     pub(crate) fn wake_at(&self) -> Option<Nanos> {
         let mut wake_at = match self.phase {
-            RunPhase::Asked { kill_at } => Some(kill_at),
+            RunPhase::Asked { kill_at } => kill_at,
             _ => None,
         };
         let mut sooner = |at: Nanos| wake_at = Some(wake_at.map_or(at, |old: Nanos| old.min(at)));
@@ -395,10 +398,16 @@ impl State {
             }
             RunPhase::Asked { kill_at } => {
                 self.enforce_limits(actions);
+                let grace = u64::try_from(self.grace.as_nanos()).unwrap_or(u64::MAX);
+                let kill_at = kill_at.unwrap_or(self.now.saturating_add(grace));
                 if self.workers.is_empty() {
                     self.phase = RunPhase::Over;
                 } else if self.now >= kill_at {
                     self.kill_all(actions);
+                } else {
+                    self.phase = RunPhase::Asked {
+                        kill_at: Some(kill_at),
+                    };
                 }
             }
             RunPhase::Killing if self.workers.is_empty() => self.phase = RunPhase::Over,
@@ -522,10 +531,7 @@ impl State {
             return;
         }
         self.end_reason = Some(reason);
-        let grace = u64::try_from(self.grace.as_nanos()).unwrap_or(u64::MAX);
-        self.phase = RunPhase::Asked {
-            kill_at: self.now.saturating_add(grace),
-        };
+        self.phase = RunPhase::Asked { kill_at: None };
         actions.push(Action::EnterPhase(Phase::ShuttingDown));
         actions.push(Action::FailQueued);
     }
