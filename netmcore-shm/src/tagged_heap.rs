@@ -114,6 +114,7 @@ enum Located {
 }
 
 /// What became of an attempt to take a block of a chunk.
+#[derive(Debug, PartialEq, Eq)]
 enum Claim {
     /// The block of this index is taken.
     Taken(usize),
@@ -376,12 +377,7 @@ impl TaggedHeap {
 
     /// Takes a free block of the page, from block `first` on and then around, if it is a chunk of the class.
     fn claim(&self, page: usize, class: usize, first: usize, tag: u64) -> Claim {
-        if page >= self.high() {
-            return Claim::NotThisClass;
-        }
-        let entry = self.view.entry(page);
-        let is_chunk = || entry.truth.load(Ordering::Acquire) == truth::chunk(class);
-        if !is_chunk() {
+        if page >= self.high() || !self.is_chunk(page, class) {
             return Claim::NotThisClass;
         }
         let words = &self.view.row(page)[..size_class::blocks_in_page(class)];
@@ -391,20 +387,32 @@ impl TaggedHeap {
             if word.load(Ordering::Relaxed) != truth::FREE {
                 continue;
             }
-            let taken =
-                word.compare_exchange(truth::FREE, tag, Ordering::Acquire, Ordering::Relaxed);
-            if taken.is_err() {
-                continue;
+            match self.claim_block(page, class, index, tag) {
+                Claim::Full => {}
+                decided => return decided,
             }
-            crash_point!("shm.tagged_heap.claimed");
-            // While the word is ours the chunk cannot be retired; but it may have been before (invariant 2).
-            if is_chunk() {
-                return Claim::Taken(index);
-            }
-            word.store(truth::FREE, Ordering::Release);
-            return Claim::NotThisClass;
         }
         Claim::Full
+    }
+
+    /// Takes this block, unless somebody else is quicker ([`Claim::Full`]) or the page is no chunk of the class any more.
+    fn claim_block(&self, page: usize, class: usize, index: usize, tag: u64) -> Claim {
+        let word = &self.view.row(page)[index];
+        let taken = word.compare_exchange(truth::FREE, tag, Ordering::Acquire, Ordering::Relaxed);
+        if taken.is_err() {
+            return Claim::Full;
+        }
+        crash_point!("shm.tagged_heap.claimed");
+        // While the word is ours the chunk cannot be retired; but it may have been before (invariant 2).
+        if self.is_chunk(page, class) {
+            return Claim::Taken(index);
+        }
+        word.store(truth::FREE, Ordering::Release);
+        Claim::NotThisClass
+    }
+
+    fn is_chunk(&self, page: usize, class: usize) -> bool {
+        self.view.entry(page).truth.load(Ordering::Acquire) == truth::chunk(class)
     }
 
     fn free_small(&self, page: usize, index: usize, class: usize, tag: u64) -> bool {
@@ -624,4 +632,112 @@ fn pack(page: usize, index: usize) -> u64 {
 fn unpack(hint: u64) -> Option<(usize, usize)> {
     let page = (hint >> 16).checked_sub(1)?;
     Some((page as usize, (hint & 0xffff) as usize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AnonRegion, Arena};
+    use netmcore_sem::SoloOwners;
+
+    const TAG: NonZeroU64 = NonZeroU64::MIN;
+
+    fn heap() -> (TaggedHeap, AnonRegion) {
+        let arena = Arena::reserve(Arena::MIN_LEN_BYTES).unwrap();
+        let region = AnonRegion::create(c"test", &arena, 8 << 20).unwrap();
+        // SAFETY: the region is new and returned beside the view.
+        let heap = unsafe { TaggedHeap::create(region.at(), region.len_bytes()) }.unwrap();
+        (heap, region)
+    }
+
+    /// Makes a chunk of blocks of 100 bytes and retires it again; its page and class.
+    fn retired_chunk(heap: &TaggedHeap) -> (usize, usize) {
+        let block = heap.alloc(100, TAG, &SoloOwners).unwrap();
+        let Some(Located::Small { page, class, .. }) = heap.locate(block.offset) else {
+            panic!("not small");
+        };
+        assert!(heap.free(block, TAG));
+        assert!(heap.is_chunk(page, class));
+        let all = heap.stats().max_bytes as usize;
+        let all = heap.alloc(all, TAG, &SoloOwners).unwrap();
+        assert!(!heap.is_chunk(page, class), "it was retired");
+        assert!(heap.free(all, TAG));
+        (page, class)
+    }
+
+    #[test]
+    fn late_claim_of_a_retired_chunk_is_undone() {
+        let (heap, _region) = heap();
+        let (page, class) = retired_chunk(&heap);
+        // As by somebody who has seen the chunk, and was stopped until now.
+        let claim = heap.claim_block(page, class, 3, TAG.get());
+        assert_eq!(claim, Claim::NotThisClass);
+        heap.verify().unwrap();
+        // The page is now a chunk of another class, where the block exists as well.
+        let block = heap.alloc(1_000, TAG, &SoloOwners).unwrap();
+        assert_eq!(heap.view.page_at(block.offset).unwrap().0, page);
+        let claim = heap.claim_block(page, class, 3, TAG.get());
+        assert_eq!(claim, Claim::NotThisClass);
+        assert!(heap.free(block, TAG));
+        assert_eq!(heap.stats().in_use_blocks, 0);
+        heap.verify().unwrap();
+    }
+
+    #[test]
+    fn late_claim_of_a_dead_process_is_swept_wherever_it_is() {
+        let (heap, _region) = heap();
+        let (page, _) = retired_chunk(&heap);
+        let dead = NonZeroU64::new(77).unwrap();
+        // Killed between its late claim and undoing it.
+        let word = &heap.view.row(page)[5];
+        word.store(dead.get(), Ordering::Relaxed);
+        assert!(heap.verify().is_err());
+        assert_eq!(heap.free_all(dead), 1);
+        heap.verify().unwrap();
+        // In a page that has become a chunk in the meantime it is a block in use, until it is swept.
+        word.store(dead.get(), Ordering::Relaxed);
+        let block = heap.alloc(100, TAG, &SoloOwners).unwrap();
+        assert_eq!(heap.view.page_at(block.offset).unwrap().0, page);
+        for _ in 1..512 {
+            heap.alloc(100, TAG, &SoloOwners).unwrap();
+        }
+        assert_eq!(word.load(Ordering::Relaxed), dead.get());
+        assert_eq!(heap.free_all(dead), 1);
+        assert_eq!(heap.free_all(TAG), 512);
+        heap.verify().unwrap();
+    }
+
+    #[test]
+    fn hints_may_be_anything() {
+        let (heap, _region) = heap();
+        let kept = heap.alloc(100, TAG, &SoloOwners).unwrap();
+        let garbage = [0, 1, 0xffff, 1 << 16 | 0xffff, 7 << 16, u64::MAX];
+        for (round, &value) in garbage.iter().cycle().take(60).enumerate() {
+            for lane in &heap.view.header().lanes {
+                for current in &lane.0.current {
+                    current.store(value, Ordering::Relaxed);
+                }
+            }
+            let hints = heap.hints();
+            for lowest in &hints.lowest {
+                lowest.store(value % 200, Ordering::Relaxed);
+            }
+            for flagged in &hints.flagged {
+                flagged.store(value as i64, Ordering::Relaxed);
+            }
+            hints.kept_pages.store(value as i64, Ordering::Relaxed);
+            hints.chunk_count.store(value, Ordering::Relaxed);
+            hints.sweep_at.store(value, Ordering::Relaxed);
+            let blocks = [10, 1_000, 30_000, 200_000, 1 << 20];
+            let blocks = blocks.map(|len| heap.alloc(len + round, TAG, &SoloOwners).unwrap());
+            assert_eq!(heap.stats().in_use_blocks, 6);
+            assert!(blocks.iter().all(|&block| heap.free(block, TAG)));
+            assert_eq!(heap.stats().in_use_blocks, 1);
+        }
+        assert!(heap.free(kept, TAG));
+        for lowest in &heap.hints().lowest {
+            lowest.store(0, Ordering::Relaxed);
+        }
+        heap.verify().unwrap();
+    }
 }

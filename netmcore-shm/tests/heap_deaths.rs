@@ -73,7 +73,11 @@ fn crash_at_any_point_is_recoverable() {
         let at = crash::died_at();
         let checked = world.heap.verify();
         assert!(checked.is_ok(), "{at:?} ({k}): {checked:?}");
-        assert_eq!(world.heap.stats().in_use_blocks, blocks.len() as u64);
+        let stats = world.heap.stats();
+        assert_eq!(stats.in_use_blocks, blocks.len() as u64);
+        if let Some(memory) = world.memory_bytes() {
+            assert!(memory <= stats.committed_bytes, "{at:?}: memory is lost");
+        }
         for &block in &blocks {
             world.check(block, 1);
             assert!(world.heap.free(block, tag(1)));
@@ -325,7 +329,57 @@ fn work(person: Person<'_>, mut random: Random) {
     }
 }
 
+/// Processes are stopped for a while at random: what they do late must not hit what has become another's.
+fn random_stops_corrupt_nothing() {
+    let mut random = Random::new();
+    // Room for two large blocks, for which three compete.
+    let world = World::new(50 << 20);
+    let children: Vec<_> = (0..3)
+        .map(|index| {
+            let person = world.person(index, 1);
+            fork(move || compete(person))
+        })
+        .collect();
+    for _ in 0..150 {
+        let child = &children[random.below(3) as usize];
+        child.send(STOP);
+        std::thread::sleep(Duration::from_micros(random.below(25_000)));
+        child.send(CONTINUE);
+        std::thread::sleep(Duration::from_micros(random.below(15_000)));
+    }
+    world.shared().stop.store(1, Ordering::SeqCst);
+    assert!(children.iter().all(support::Child::ended_well));
+    let made: u64 = (0..3)
+        .map(|index| world.shared().progress[index].load(Ordering::SeqCst))
+        .sum();
+    assert!(made > 20, "{made}");
+    world.heap.verify().unwrap();
+    world.check_whole(world.person(7, 1));
+}
+
+const STOP: i32 = 19;
+const CONTINUE: i32 = 18;
+
+/// Takes a block that is larger than what is kept, uses it and frees it, over and over.
+fn compete(person: Person<'_>) {
+    let world = person.world;
+    let of = tag_of(person);
+    while world.shared().stop.load(Ordering::Relaxed) == 0 {
+        let Ok(block) = world.heap.alloc(17 << 20, tag(of), &person) else {
+            continue;
+        };
+        world.fill(block, of);
+        let until = Instant::now() + Duration::from_millis(5);
+        while Instant::now() < until {
+            world.check(block, of);
+        }
+        assert!(world.heap.free(block, tag(of)));
+        world.shared().progress[person.id.index as usize].fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 netmcore_forktest::forktests!(
+    random_stops_corrupt_nothing,
     crash_at_any_point_is_recoverable,
     crash_while_cleaning_up_is_recoverable,
     crash_while_recovering_is_recoverable,

@@ -3,6 +3,7 @@
 use super::layout::{Entry, Info, PAGE_BYTES, ROW_WORDS, truth};
 use super::{TaggedHeap, size_class};
 use crate::error::Corrupt;
+use netmcore_sys::map::page_size;
 use std::sync::atomic::Ordering;
 
 /// What a heap holds.
@@ -26,7 +27,8 @@ impl TaggedHeap {
             ..HeapStats::default()
         };
         let map_entries = self.view.header().map_present.load(Ordering::Acquire);
-        stats.committed_bytes = 4096 + map_entries * size_of::<Entry>() as u64;
+        let map_bytes = map_entries as usize * size_of::<Entry>();
+        stats.committed_bytes = (page_size() + map_bytes.next_multiple_of(page_size())) as u64;
         for page in 0..self.high() {
             let entry = self.view.entry(page);
             let (word, info) = (entry.truth.load(Ordering::Acquire), entry.info());

@@ -180,7 +180,11 @@ impl Child {
     }
 
     pub fn kill(&self) {
-        self.pidfd.send_signal(9).unwrap();
+        self.send(9);
+    }
+
+    pub fn send(&self, signal: i32) {
+        self.pidfd.send_signal(signal).unwrap();
     }
 }
 
