@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use netmcore_shm::{AnonRegion, Arena};
 use netmcore_sys::poll::EventFd;
+use netmcore_sys::process::Pid;
 
 use crate::control::{Control, Entry, WorkerIndex};
 use crate::error::Error;
@@ -35,10 +36,12 @@ pub(crate) struct Runtime {
     pub executable: Vec<Range<usize>>,
     /// Rung by workers when only the master can help.
     pub doorbell: Mutex<Option<Arc<OwnFd<EventFd>>>>,
+    /// The process that is the master.
+    pub master: Pid,
     /// The socket on which the master takes requests.
     pub admin_socket: PathBuf,
-    /// The record of kernel-persistent objects; none with `disable_pmanage`.
-    pub record: Option<PathBuf>,
+    /// Where the record of kernel-persistent objects is; `None` with `disable_pmanage`.
+    pub recorded_dir: Option<PathBuf>,
     /// Whether another process can run while this one spins.
     pub is_multiprocessor: bool,
     /// What worker seeds are derived from.

@@ -231,6 +231,10 @@ pub enum Error {
         source: WireError,
     },
 
+    /// A named semaphore, or a container of them, could not be created or deleted.
+    #[error(transparent)]
+    Semaphore(#[from] netmcore_sem::Error),
+
     /// This process is a master already: one run must end before the next begins.
     #[error("this process is the master of a run already; one run must end before the next begins")]
     AlreadyMaster,

@@ -23,8 +23,9 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use netmcore_sem::SemContainer;
 use netmcore_sys::ObjectName;
-use netmcore_sys::process::{self, Limit};
+use netmcore_sys::process::{self, Limit, Pid};
 use netmcore_sys::socket;
 
 use crate::context::{self, Role, Runtime};
@@ -86,6 +87,12 @@ impl Resource {
         }
     }
 
+    /// Returns the semaphore container, if it has one. To create semaphores in it that are recorded
+    /// first, give [`record`](crate::record) as the recorder.
+    pub fn container(&self) -> Option<SemContainer> {
+        SemContainer::open(self.repr.container_prefix()?).ok()
+    }
+
     /// Gives up the use, and says what went wrong with it.
     ///
     /// # Errors
@@ -106,6 +113,7 @@ impl Drop for Resource {
     fn drop(&mut self) {
         if !self.is_released
             && let Err(error) = release(self.id)
+            && !matches!(error, Error::NotRunning { .. })
         {
             tracing::warn!(target: "netmcore", id = %self.id, %error, "a use was not given up; it ends with the process");
         }
@@ -249,11 +257,17 @@ fn wire_error(source: WireError) -> Error {
 
 /// Why the master does not answer.
 fn gone(runtime: &Runtime) -> Error {
-    match runtime.control.phase() {
-        crate::control::Phase::Over => Error::NotRunning {
+    if runtime.control.phase() == crate::control::Phase::Over {
+        return Error::NotRunning {
             call: "a request to the master",
-        },
-        _ => Error::MasterGone,
+        };
+    }
+    if Pid::parent() != Some(runtime.master) {
+        return Error::MasterGone;
+    }
+    Error::Refused {
+        doing: "talking to the master".to_owned(),
+        reason: "it closed the connection; it may have no descriptor left (`ulimit -n`), or its socket directory is gone".to_owned(),
     }
 }
 

@@ -34,6 +34,7 @@ use serde::de::DeserializeOwned;
 
 use netmcore_pmanage::{ControllerSocket, Liveness, Log};
 use netmcore_shm::Arena;
+use netmcore_sys::crash_point;
 use netmcore_sys::poll::EventFd;
 use netmcore_sys::{map, process, signal};
 
@@ -267,31 +268,29 @@ pub(crate) fn answer_here(request: Request) -> Result<Reply> {
     core.borrow_mut().answer(request)
 }
 
-/// Returns the path of the record of kernel-persistent objects of this process's master.
+/// Returns the record of kernel-persistent objects of the run, for a program that records objects of
+/// its own, or wants to look. It is a [`Recorder`](netmcore_sys::Recorder) for functions that create
+/// objects record first.
 ///
 /// # Errors
-/// [`Error::NotRunning`] if no master was built here, or it has no record (`disable_pmanage`).
+/// [`Error::NotRunning`] if there is no master, or it keeps no record (`disable_pmanage`).
 #[doc(alias = "netplex.pmanage")]
-pub fn record() -> Result<PathBuf> {
+pub fn record() -> Result<Log> {
+    let missing = || Error::NotRunning { call: "record" };
     if context::role() == Role::Worker {
-        let runtime = context::running("record")?;
-        return runtime
-            .record
-            .clone()
-            .ok_or(Error::NotRunning { call: "record" });
+        let dir = context::running("record")?
+            .recorded_dir
+            .as_ref()
+            .ok_or_else(missing)?;
+        return Ok(Log::open(dir)?);
     }
-    let core = CURRENT
-        .with_borrow(Clone::clone)
-        .ok_or(Error::NotRunning { call: "record" })?;
+    let core = CURRENT.with_borrow(Clone::clone).ok_or_else(missing)?;
     let mut core = core.borrow_mut();
     core.open()?;
-    let log = core
-        .opened
+    core.opened
         .as_ref()
-        .and_then(|opened| opened.objects.log.as_ref());
-    log.and_then(Log::path)
-        .map(Path::to_path_buf)
-        .ok_or(Error::NotRunning { call: "record" })
+        .and_then(|opened| opened.objects.log.clone())
+        .ok_or_else(missing)
 }
 
 /// How processes of one definition are called.
@@ -599,6 +598,7 @@ impl Core {
             return Err(Error::MultiThreaded { threads });
         }
         self.open()?;
+        crash_point!("proc.master.opened");
         let opened = self.opened.as_ref().expect("it has just been opened");
         context::retire_runtime();
         let doing = || Error::system("setting up the master");
@@ -631,13 +631,9 @@ impl Core {
             definitions: RwLock::new(self.definitions.clone()),
             executable: map::executable_ranges().map_err(doing())?,
             doorbell: Mutex::new(Some(Arc::clone(&doorbell))),
+            master: process::Pid::this(),
             admin_socket: ControllerSocket::path(&opened.dir),
-            record: opened
-                .objects
-                .log
-                .as_ref()
-                .and_then(Log::path)
-                .map(Path::to_path_buf),
+            recorded_dir: opened.objects.log.as_ref().map(|_| opened.dir.clone()),
             is_multiprocessor: process::available_processors() > 1,
             seed: process::random_u64(),
         });
@@ -645,6 +641,7 @@ impl Core {
         self.state
             .begin(self.config.grace, self.config.ready_workers, worker_limit);
         self.run = Some(Run::new(runtime, inheritance, base, doorbell, listener)?);
+        crash_point!("proc.master.begun");
         tracing::info!(target: "netmcore", directory = %opened.dir.display(), pid = std::process::id(), "the run begins");
         Ok(())
     }
@@ -683,6 +680,7 @@ impl Core {
             NEXT_PROCESS.fetch_max(run.runtime.control.next_process(), Relaxed);
             *run.runtime.doorbell.lock().expect("one thread") = None;
         }
+        crash_point!("proc.master.over");
         if let Some(opened) = self.opened.take() {
             for (id, repr) in self.state.resources.destroy_all() {
                 for error in opened.objects.destroy(id, &repr) {

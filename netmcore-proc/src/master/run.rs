@@ -21,11 +21,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use netmcore_pmanage::Log;
+use netmcore_sem::{NamedSemaphore, SemContainer};
+use netmcore_shm::ShmObject;
+use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use netmcore_sys::poll::{Epoll, EventFd, Interest};
 use netmcore_sys::process::{self, Pid, PidFd};
 use netmcore_sys::signal::{self, SignalFd};
 use netmcore_sys::socket::{self, Listener, Received, Sent};
+use netmcore_sys::{NoRecord, ObjectName, Recorder};
 
 use crate::context::Runtime;
 use crate::control::{Outcome, Phase, Seen, WorkerIndex};
@@ -89,13 +93,50 @@ impl Objects {
     }
 
     /// Creates an object, record first. After an error there is neither object nor record.
+    fn recorder(&self) -> &dyn Recorder {
+        match &self.log {
+            Some(log) => log,
+            None => &NoRecord,
+        }
+    }
+
     fn create(&self, creation: &Creation) -> Result<ResourceRepr> {
+        const MODE: u32 = 0o600;
+        let recorder = self.recorder();
+        let create_shm = |name: &ObjectName, len_bytes: u64| {
+            ShmObject::create(name, len_bytes, MODE, recorder).map_err(Error::memory(format!(
+                "creating the shared memory object {name}"
+            )))
+        };
         match creation {
             Creation::File { prefix } => self.create_file(prefix),
-            _ => Err(Error::Refused {
-                doing: "creating shared memory".to_owned(),
-                reason: "this version of the master does not have it".to_owned(),
-            }),
+            Creation::Sem { prefix, initial } => {
+                let name = ObjectName::unique(prefix)?;
+                NamedSemaphore::create(&name, *initial, MODE, recorder)?;
+                Ok(ResourceRepr::PosixSem(name))
+            }
+            Creation::Shm { prefix, len_bytes } => {
+                let name = ObjectName::unique(prefix)?;
+                create_shm(&name, *len_bytes)?;
+                Ok(ResourceRepr::PosixShm(name))
+            }
+            Creation::ShmSc { prefix, len_bytes } => {
+                let name = ObjectName::unique(prefix)?;
+                let container = SemContainer::create(&name, recorder)?;
+                if let Err(error) = create_shm(&name, *len_bytes) {
+                    // The container has no semaphore yet; its record is all there is to take back.
+                    container.unlink(recorder)?;
+                    return Err(error);
+                }
+                let prefix = name.clone();
+                Ok(ResourceRepr::PosixShmSc { name, prefix })
+            }
+            Creation::PreallocatedShm { .. } | Creation::PreallocatedShmSc { .. } => {
+                Err(Error::Refused {
+                    doing: "creating preallocated shared memory".to_owned(),
+                    reason: "this master has no regions".to_owned(),
+                })
+            }
         }
     }
 
@@ -110,6 +151,7 @@ impl Objects {
             let path = std::path::PathBuf::from(std::ffi::OsString::from_vec(bytes));
             let repr = ResourceRepr::File(path.clone());
             self.register(&repr)?;
+            crash_point!("proc.run.recorded");
             let created = std::fs::OpenOptions::new()
                 .write(true)
                 .create_new(true)
@@ -137,6 +179,11 @@ impl Objects {
     /// Unlinks an object, then drops its record. What cannot be unlinked stays in the record.
     pub(crate) fn destroy(&self, id: ResourceId, repr: &ResourceRepr) -> Vec<Error> {
         let mut failures = Vec::new();
+        if let Some(prefix) = repr.container_prefix() {
+            let container = SemContainer::open(prefix);
+            let outcome = container.and_then(|container| container.unlink(self.recorder()));
+            failures.extend(outcome.err().map(Error::from));
+        }
         for object in repr.kernel_objects() {
             let outcome = match &self.log {
                 Some(log) => log.unlink_this(&object).map(drop).map_err(Error::from),
@@ -166,6 +213,8 @@ pub(crate) struct Run {
     children: BTreeMap<WorkerIndex, Child>,
     connections: BTreeMap<u64, Connection>,
     next_connection: u64,
+    /// Given up for a moment to turn a connection away when there is no other descriptor.
+    spare: Option<OwnedFd>,
     /// Why forks are refused altogether: an error of the program, not of the machine.
     pub(crate) fatal: Option<Error>,
 }
@@ -183,6 +232,7 @@ impl Run {
         let signals = SignalFd::new(&inheritance.ending_signals()).map_err(doing())?;
         let signals = birth::place_fd(signals, base)?;
         let listener = birth::place_fd(listener, base)?;
+        let spare = birth::place_fd(EventFd::new().map_err(doing())?, base)?;
         epoll
             .add(&**doorbell, DOORBELL, Interest::Read)
             .map_err(doing())?;
@@ -203,6 +253,7 @@ impl Run {
             children: BTreeMap::new(),
             connections: BTreeMap::new(),
             next_connection: 0,
+            spare: Some(spare.into()),
             fatal: None,
         })
     }
@@ -385,43 +436,70 @@ impl Run {
     }
 
     fn accept(&mut self) {
-        while let Ok(Some(fd)) = self.listener.accept_nonblocking() {
-            let Ok(credentials) = socket::peer_credentials(&fd) else {
-                continue;
-            };
-            let worker = self
-                .children
-                .iter()
-                .find(|(_, child)| Some(child.pid) == credentials.pid)
-                .map(|(&worker, _)| worker);
-            let peer = match worker {
-                Some(worker) => Peer::Worker(worker),
-                None if credentials.uid == process::effective_uid() || credentials.uid == 0 => {
-                    Peer::Administrator
+        loop {
+            match self.listener.accept_nonblocking() {
+                Ok(Some(fd)) => self.admit(fd),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(target: "netmcore", %error, "a connection cannot be accepted");
+                    if !self.turn_away() {
+                        return;
+                    }
                 }
-                None => continue,
-            };
-            let Ok(fd) = birth::place_fd(fd, self.base) else {
-                continue;
-            };
-            let number = self.next_connection;
-            self.next_connection += 1;
-            if self
-                .epoll
-                .add(&fd, KIND_CONNECTION | number, Interest::Read)
-                .is_ok()
-            {
-                let reader = FrameReader::default();
-                self.connections.insert(
-                    number,
-                    Connection {
-                        fd,
-                        peer,
-                        reader,
-                        unsent: VecDeque::new(),
-                    },
-                );
             }
+        }
+    }
+
+    /// Without a descriptor for it, a connection would stay in the queue and wake the master for ever:
+    /// the spare one takes it and closes it. False: that did not help either.
+    fn turn_away(&mut self) -> bool {
+        if self.spare.take().is_none() {
+            return false;
+        }
+        let turned_away = matches!(self.listener.accept_nonblocking(), Ok(Some(_)));
+        self.spare = EventFd::new()
+            .and_then(|spare| process::move_above(spare.into(), self.base))
+            .ok();
+        turned_away
+    }
+
+    fn admit(&mut self, fd: OwnedFd) {
+        let Ok(credentials) = socket::peer_credentials(&fd) else {
+            return;
+        };
+        let worker = self
+            .children
+            .iter()
+            .find(|(_, child)| Some(child.pid) == credentials.pid)
+            .map(|(&worker, _)| worker);
+        let peer = match worker {
+            Some(worker) => Peer::Worker(worker),
+            None if credentials.uid == process::effective_uid() || credentials.uid == 0 => {
+                Peer::Administrator
+            }
+            None => return,
+        };
+        let Ok(fd) = birth::place_fd(fd, self.base) else {
+            return;
+        };
+        let number = self.next_connection;
+        self.next_connection += 1;
+        if self
+            .epoll
+            .add(&fd, KIND_CONNECTION | number, Interest::Read)
+            .is_ok()
+        {
+            let reader = FrameReader::default();
+            let unsent = VecDeque::new();
+            self.connections.insert(
+                number,
+                Connection {
+                    fd,
+                    peer,
+                    reader,
+                    unsent,
+                },
+            );
         }
     }
 
@@ -677,7 +755,9 @@ impl Run {
             }
             Action::ForkForOldest { worker } => self.fork_for_oldest(worker, events),
             Action::Settle { worker, status } => {
+                crash_point!("proc.run.reaped");
                 let settled = control.settle(worker, status);
+                crash_point!("proc.run.settled");
                 tracing::debug!(target: "netmcore", worker = worker.0, ?status, process = ?settled.process, "a worker has ended");
                 events.push_back(Event::Settled { worker, settled });
             }
@@ -762,6 +842,7 @@ impl Run {
                 return Err(netmcore_sys::Errno::EAGAIN.raw());
             }
         };
+        crash_point!("proc.run.forked");
         self.runtime.control.set_unix_pid(worker, pid.get() as u32);
         match self.watch(worker, pid) {
             Ok(pidfd) => {
