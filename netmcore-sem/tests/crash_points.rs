@@ -1,7 +1,5 @@
 //! Guards against a lock that is lost, or a waiter that sleeps for ever, because a process was killed between two steps.
 
-#![allow(unsafe_code)]
-
 mod support;
 
 use netmcore_sem::{OwnerDied, SoloOwners};
@@ -60,6 +58,7 @@ fn death_of_the_holder_wakes_all_and_tells_one() {
     let holder = shared.person(1, 1);
     let victim = fork(|| {
         std::mem::forget(holder.lock());
+        // sleep: until it is killed.
         std::thread::sleep(PATIENCE);
     });
     wait_until("the victim holds it", || shared.word.owner().is_some());
@@ -177,6 +176,7 @@ fn solo_owners_notice_a_death_within_milliseconds() {
     let shared = shared();
     let victim = fork(|| {
         std::mem::forget(shared.word.lock(&SoloOwners));
+        // sleep: until it is killed.
         std::thread::sleep(PATIENCE);
     });
     wait_until("the victim holds it", || shared.word.owner().is_some());

@@ -1,7 +1,5 @@
 //! Guards against a semaphore that exists unrecorded at any instant, or a record that takes away what is somebody else's.
 
-#![allow(unsafe_code)]
-
 mod support;
 
 use netmcore_sem::{Error, NamedSemaphore, SemContainer};

@@ -2,8 +2,6 @@
 //!
 //! `NETMCORE_SEED` and `NETMCORE_KILLS` replay and lengthen it.
 
-#![allow(unsafe_code)]
-
 mod support;
 
 use std::sync::atomic::Ordering;

@@ -55,7 +55,7 @@ use crate::headroom::{HEADROOM_FROM_BYTES, headroom};
 use layout::{Info, LANES, MAGIC, PAGE_BYTES, ROW_WORDS, View, truth};
 use netmcore_sem::Owners;
 use netmcore_sys::map::page_size;
-use netmcore_sys::{SysError, crash_point};
+use netmcore_sys::{Errno, SysError, crash_point};
 use std::num::NonZeroU64;
 use std::sync::atomic::Ordering;
 
@@ -165,7 +165,7 @@ impl TaggedHeap {
             });
         };
         view.populate_header()
-            .map_err(|error| no_memory(4096, &error))?;
+            .map_err(|error| no_memory(page_size(), error))?;
         let header = view.header();
         header
             .max_len_bytes
@@ -505,7 +505,7 @@ impl TaggedHeap {
         };
         if let Err(error) = populate() {
             self.free_run(page, tag);
-            return Err(no_memory(PAGE_BYTES, &error));
+            return Err(no_memory(PAGE_BYTES, error));
         }
         entry.set_info(Info(
             entry.info().0 | row_flags | Info::PRESENT | Info::FLAGGED,
@@ -544,7 +544,7 @@ impl TaggedHeap {
         // Also where the pages are present: it maps them here in one go, cheaper than fault by fault.
         if let Err(error) = self.view.populate_data(page, page_count) {
             self.free_run(page, tag);
-            return Err(no_memory(len_bytes, &error));
+            return Err(no_memory(len_bytes, error));
         }
         crash_point!("shm.tagged_heap.run_present");
         self.mark_present(page, page_count, true);
@@ -610,8 +610,11 @@ fn check_alignment(at: *mut u8) {
     );
 }
 
-/// The kernel has refused memory, one way (`ENOMEM`) or another (`EFAULT`: the page could not be made).
-fn no_memory(wanted_bytes: usize, _: &SysError) -> Error {
+/// Memory could not be made present. The kernel says `ENOMEM`, or `EFAULT` where a touch would have been a bus error.
+fn no_memory(wanted_bytes: usize, source: SysError) -> Error {
+    if source.errno != Errno::ENOMEM && source.errno != Errno::EFAULT {
+        return Error::system("make memory of a tagged heap present")(source);
+    }
     let room = headroom();
     let enough = room.bytes >= wanted_bytes as u64;
     Error::NoSpace {

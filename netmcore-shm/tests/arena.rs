@@ -1,4 +1,9 @@
 //! Guards against places that overlap between processes, and regions that children do not find where they were.
+//!
+//! # Safety
+//!
+//! Shared memory is looked at as atomics, inside of regions that live as long as the test; forked copies of owned values are dropped in
+//! children only.
 
 #![allow(unsafe_code)]
 

@@ -2,8 +2,6 @@
 //!
 //! `NETMCORE_SEED` and `NETMCORE_KILLS` replay and lengthen the random kills.
 
-#![allow(unsafe_code)]
-
 mod support;
 
 use netmcore_shm::Block;
@@ -211,6 +209,7 @@ fn killed_while_populating_gives_all_of_it_back() {
                 assert!(world.heap.free(block, tag(of)));
             }
         });
+        // sleep: to be killed at a random moment.
         std::thread::sleep(Duration::from_micros(random.below(60_000)));
         victim.kill();
         assert!(!victim.ended_well());
@@ -343,8 +342,10 @@ fn random_stops_corrupt_nothing() {
     for _ in 0..150 {
         let child = &children[random.below(3) as usize];
         child.send(STOP);
+        // sleep: stopped for a random time, then running for one. Any are right.
         std::thread::sleep(Duration::from_micros(random.below(25_000)));
         child.send(CONTINUE);
+        // sleep: as above.
         std::thread::sleep(Duration::from_micros(random.below(15_000)));
     }
     world.shared().stop.store(1, Ordering::SeqCst);

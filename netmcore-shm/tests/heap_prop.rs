@@ -2,8 +2,6 @@
 //!
 //! `NETMCORE_SEED` and `NETMCORE_CASES` replay and lengthen it.
 
-#![allow(unsafe_code)]
-
 mod support;
 
 use netmcore_shm::{Block, Error};

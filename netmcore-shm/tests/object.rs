@@ -1,4 +1,8 @@
 //! Guards against objects that exist unrecorded at any instant, and against bus errors for want of space.
+//!
+//! # Safety
+//!
+//! Mappings are read and written by one process, inside of their length.
 
 #![allow(unsafe_code)]
 

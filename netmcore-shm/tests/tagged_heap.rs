@@ -1,4 +1,8 @@
 //! Guards against a heap that gives out memory twice, loses it, keeps it from the system, or believes a bad block.
+//!
+//! # Safety
+//!
+//! Each heap lies in a new region that is kept beside it, and each block has one user at a time.
 
 #![allow(unsafe_code)]
 

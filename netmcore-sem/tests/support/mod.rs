@@ -1,6 +1,10 @@
 //! What the tests here share: a page of shared memory with a lock, and children that are killed.
+//!
+//! # Safety
+//!
+//! The shared page is mapped for ever and holds atomics only. Children are forked from a process with one thread.
 
-#![allow(dead_code)]
+#![allow(dead_code, unsafe_code)]
 
 use netmcore_sem::{LockGuard, LockWord, OwnerId, Owners, announce_death};
 use netmcore_sys::map::Mapping;
@@ -138,6 +142,7 @@ impl Child {
                 Some(other) => panic!("a child ended by {other:?}"),
                 None => assert!(Instant::now() < deadline, "a child hangs"),
             }
+            // sleep: between looks; only the deadline above decides.
             std::thread::sleep(Duration::from_micros(200));
         }
     }
@@ -152,6 +157,7 @@ pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
+        // sleep: between looks; only the deadline above decides.
         std::thread::sleep(Duration::from_micros(100));
     }
 }

@@ -12,7 +12,7 @@
 
 #![allow(unsafe_code)]
 
-use super::layout::{BUCKETS, Info, PAGE_BYTES, truth};
+use super::layout::{BUCKETS, Entry, Info, PAGE_BYTES, truth};
 use super::{TaggedHeap, no_memory, size_class};
 use crate::error::{Error, Result};
 use netmcore_sem::{LockGuard, Owners};
@@ -72,7 +72,7 @@ impl TaggedHeap {
         let end = page + page_count;
         self.view
             .populate_map(end)
-            .map_err(|error| no_memory(page_count * 16, &error))?;
+            .map_err(|error| no_memory(page_count * size_of::<Entry>(), error))?;
         let high = &self.view.header().high;
         if high.load(Ordering::Relaxed) < end as u64 {
             high.store(end as u64, Ordering::Release);

@@ -1,6 +1,10 @@
 //! What the tests here share: a heap with a table of who lives, and children that are killed.
+//!
+//! # Safety
+//!
+//! The shared page is mapped as long as its world and holds atomics only. Each block has one user at a time. Children are forked from a process with one thread.
 
-#![allow(dead_code)]
+#![allow(dead_code, unsafe_code)]
 
 use netmcore_sem::{OwnerId, Owners, announce_death};
 use netmcore_shm::{AnonRegion, Arena, Block, TaggedHeap};
@@ -167,6 +171,7 @@ impl Child {
                 Some(other) => panic!("a child ended by {other:?}"),
                 None => assert!(Instant::now() < deadline, "a child hangs"),
             }
+            // sleep: between looks; only the deadline above decides.
             std::thread::sleep(Duration::from_micros(100));
         }
     }
