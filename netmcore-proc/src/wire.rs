@@ -186,9 +186,24 @@ impl From<Error> for RefusedReason {
                 RefusedReason::Resource(ResourceError::AlreadyManaged { id, wanted, found })
             }
             Error::ShutDown => RefusedReason::ShutDown,
-            other => RefusedReason::Other(other.to_string()),
+            other => RefusedReason::Other(with_causes(&other)),
         }
     }
+}
+
+/// What an error says, and what its causes say: they cannot travel themselves.
+pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        // Some messages have that of their cause in them.
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// One line of a listing of processes.
