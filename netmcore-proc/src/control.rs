@@ -58,6 +58,7 @@ use netmcore_sys::process::ExitStatus;
 
 use crate::error::Error;
 use crate::id::ProcessId;
+use crate::resource::Leg;
 use crate::wire::ProcessState;
 
 #[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
@@ -341,6 +342,8 @@ struct Slot {
 
 /// In [`Slot::flags`]: blocks that no cell names may still carry the process's tag.
 const SWEEP: u32 = 1;
+/// In [`Slot::flags`]: resources are under way in the result, so the master must hear when it is gone.
+const CARRIES: u32 = 2;
 
 const _: () = {
     assert!(size_of::<WorkerEntry>() == 128);
@@ -1071,8 +1074,33 @@ impl Control {
         }
     }
 
-    /// Says that nobody will join `process`: its slot is freed when it ends, or now if it has.
-    pub(crate) fn detach(&self, process: ProcessId, caller: WorkerIndex) -> Result<(), ClaimError> {
+    /// Whether the argument or result of `process` is not on its way any more: it has arrived, or it
+    /// never will.
+    pub(crate) fn is_message_gone(&self, process: ProcessId, leg: Leg) -> bool {
+        let (slot, generation) = self.key(process);
+        let word = Word(slot.word.load(Acquire));
+        if word.generation() != generation {
+            return true;
+        }
+        match (word.state(), leg) {
+            (SlotState::Free | SlotState::Collected | SlotState::Failed, _) => true,
+            (SlotState::Done, leg) => leg == Leg::Argument,
+            (SlotState::Preparing | SlotState::Queued | SlotState::Running, _) => false,
+        }
+    }
+
+    /// Notes that resources are under way in the result that `process` is about to deliver.
+    pub(crate) fn note_carries(&self, process: ProcessId) {
+        self.key(process).0.flags.fetch_or(CARRIES, Relaxed);
+    }
+
+    /// Says that nobody will join `process`: its slot is freed when it ends, or now if it has. True: it
+    /// has, and there were resources in its result, so the master should look.
+    pub(crate) fn detach(
+        &self,
+        process: ProcessId,
+        caller: WorkerIndex,
+    ) -> Result<bool, ClaimError> {
         let joining = self.claim_result(process, caller)?;
         let (slot, generation) = self.key(process);
         let mut word = Word(slot.word.load(Acquire));
@@ -1085,13 +1113,14 @@ impl Control {
                 Ok(_) => {
                     // The claim stays with the slot: nobody can join a detached process.
                     std::mem::forget(joining);
-                    return Ok(());
+                    return Ok(false);
                 }
                 Err(seen) => word = Word(seen),
             }
         }
+        let carries = joining.carries();
         joining.collect();
-        Ok(())
+        Ok(carries)
     }
 
     /// Waits until one of `processes` has finished (or is gone, or was never there), and returns its
@@ -1391,7 +1420,7 @@ impl Control {
         // Blocks that it had taken but not yet written into its slot.
         match keep {
             None => drop(self.heap.free_all(tag)),
-            Some(_) => slot.flags.store(SWEEP, Relaxed),
+            Some(_) => drop(slot.flags.fetch_or(SWEEP, Relaxed)),
         }
         slot.argument.store(None);
         slot.panic.store(None);
@@ -1685,6 +1714,11 @@ impl<'a> Joining<'a> {
             slot.memory_limit_bytes.load(Relaxed),
             slot.time_limit_ns.load(Relaxed),
         )
+    }
+
+    /// Whether there are resources in the result.
+    pub(crate) fn carries(&self) -> bool {
+        self.slot.flags.load(Relaxed) & CARRIES != 0
     }
 
     /// Frees the blocks and the slot: the process is joined. It must have ended.

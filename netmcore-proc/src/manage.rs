@@ -203,12 +203,11 @@ pub(crate) fn landed_argument(process: ProcessId) {
     }
 }
 
-/// The same for a result that has been joined: the master sees by the slot that it is gone, and is
-/// only told to look.
-pub(crate) fn landed_result(runtime: &Runtime) {
-    if HAS_RECEIVED.replace(false) {
-        let _ = runtime.ring();
-    }
+/// The same for a result that has been joined or dropped: the master sees by the slot that it is gone,
+/// and is only told to look.
+pub(crate) fn result_gone(runtime: &Runtime) {
+    // A doorbell that cannot be rung means that the master is gone.
+    let _ = runtime.ring();
 }
 
 /// A blocking connection to the master.
@@ -508,7 +507,7 @@ pub fn release(id: ResourceId) -> Result<()> {
     expect_done("releasing a resource", Request::Release { id })
 }
 
-/// Deletes all resources that are left, whoever uses them. Master only.
+/// Deletes all resources that are left, whoever uses them, but for fork and join points. Master only.
 ///
 /// # Errors
 /// [`Error::NotInWorker`]; else names every object that could not be deleted.
@@ -536,6 +535,11 @@ pub(crate) fn kill(process: ProcessId) -> Result<()> {
             signal: SIGKILL,
         },
     )
+}
+
+/// A newborn worker has no uses, whatever its master has.
+pub(crate) fn forget_uses() {
+    HAS_USES.store(false, Relaxed);
 }
 
 /// Before a worker's result can be seen, it is a user of nothing.

@@ -219,8 +219,10 @@ impl Core {
         }
         for action in actions {
             match (&mut self.run, action) {
-                (_, state::Action::Destroy(id, repr)) => drop(opened.objects.destroy(id, &repr)),
                 (Some(run), action) => run.perform_now(action, &opened.objects, &mut self.state),
+                (None, state::Action::Destroy(id, repr)) => {
+                    opened.objects.destroy(id, &repr);
+                }
                 (None, _) => {}
             }
         }
@@ -637,6 +639,14 @@ impl Core {
             is_multiprocessor: process::available_processors() > 1,
             seed: process::random_u64(),
         });
+        for key in &self.keys {
+            if self.state.resources.get(key.fork_point, None).is_err() {
+                runtime.control.release_fork_point(key.index);
+            }
+            if self.state.resources.get(key.join_point, None).is_err() {
+                runtime.control.release_join_point(key.index);
+            }
+        }
         context::become_master();
         self.state
             .begin(self.config.grace, self.config.ready_workers, worker_limit);

@@ -371,10 +371,14 @@ impl<R> Running<R> {
         let process = self.key.process;
         let runtime = context::runtime().ok_or(JoinError::NoSuchProcess { process })?;
         let _in_flight = runtime.control.enter(context::me());
-        runtime
+        let must_ring = runtime
             .control
             .detach(process, context::me())
-            .map_err(|error| claim_error(process, error))
+            .map_err(|error| claim_error(process, error))?;
+        if must_ring {
+            manage::result_gone(runtime);
+        }
+        Ok(())
     }
 }
 
@@ -507,8 +511,11 @@ impl<R: DeserializeOwned> Running<R> {
             }
             (cause, Ok(_)) => Err(join_error(process, cause, joining.limits())),
         };
+        let carries = joining.carries();
         joining.collect();
-        manage::landed_result(runtime);
+        if carries {
+            manage::result_gone(runtime);
+        }
         result
     }
 }

@@ -595,6 +595,24 @@ impl ResourceTable {
             .collect()
     }
 
+    /// Removes all resources but fork and join points, whoever uses them, and hands them out for deletion, youngest first.
+    pub(crate) fn destroy_objects(&mut self) -> Vec<(ResourceId, ResourceRepr)> {
+        let objects: Vec<_> = self
+            .entries
+            .iter()
+            .rev()
+            .filter(|(_, entry)| !entry.repr.kernel_objects().is_empty())
+            .map(|(&id, _)| id)
+            .collect();
+        let entries = &self.entries;
+        self.uses
+            .retain(|(_, used), _| entries[used].repr.kernel_objects().is_empty());
+        objects
+            .into_iter()
+            .map(|id| (id, self.forget(id)))
+            .collect()
+    }
+
     /// Lists the resources behind `after` (or from the first) in the order of their ids, `line_count` at most, each with
     /// its users.
     pub(crate) fn list(&self, after: Option<ResourceId>, line_count: usize) -> Vec<ResourceLine> {
@@ -958,6 +976,34 @@ mod tests {
         table.acquire(id, None, User::Process(joiner)).unwrap();
         table.land(worker, Leg::Result);
         assert_eq!(list(&table)[0].users, [(User::Process(joiner), 1)]);
+    }
+
+    #[test]
+    fn destroyed_objects_leave_the_points() {
+        let mut table = ResourceTable::default();
+        let point = table.insert(ResourceRepr::ForkPoint(0), User::Master);
+        let point = point.unwrap().id;
+        let used = table.insert(shm("/a"), User::Process(process(1)));
+        let used = used.unwrap().id;
+        let under_way = table.insert(shm("/b"), User::Master).unwrap().id;
+        table
+            .send(
+                User::Master,
+                process(1),
+                Leg::Argument,
+                &[under_way],
+                NOBODY,
+            )
+            .unwrap();
+        assert_eq!(
+            table.destroy_objects(),
+            [(under_way, shm("/b")), (used, shm("/a"))]
+        );
+        assert_eq!(table.list(None, 9).len(), 1);
+        assert_eq!(table.get(point, None), Ok(&ResourceRepr::ForkPoint(0)));
+        assert!(table.uses.keys().all(|(_, id)| *id == point));
+        // The names are free again.
+        assert!(table.insert(shm("/a"), User::Master).unwrap().is_new);
     }
 
     #[test]

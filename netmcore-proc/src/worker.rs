@@ -115,6 +115,9 @@ pub(crate) fn encode_block<T: Serialize + ?Sized>(
     let place = place?;
     if !sent.is_empty() {
         manage::send(process, leg, sent).map_err(EncodeError::Place)?;
+        if leg == Leg::Result {
+            runtime.control.note_carries(process);
+        }
     }
     Ok(place.keep())
 }
@@ -135,6 +138,7 @@ pub(crate) fn live(
     inheritance: &Inheritance,
 ) -> ! {
     context::become_worker(index);
+    manage::forget_uses();
     if !reset(inheritance) {
         process::exit_now(0);
     }

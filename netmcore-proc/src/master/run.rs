@@ -261,16 +261,21 @@ impl Run {
     /// Runs until the state is over.
     pub(crate) fn drive(&mut self, state: &mut State, objects: &Objects) {
         let mut events = VecDeque::new();
-        let mut actions = Vec::new();
         while !state.is_over() {
             self.next_event(state, objects, &mut events);
-            while let Some(event) = events.pop_front() {
-                tracing::trace!(target: "netmcore", ?event);
-                state.step(event, &mut actions);
-                for action in actions.drain(..) {
-                    tracing::trace!(target: "netmcore", ?action);
-                    self.perform(action, objects, &mut events);
-                }
+            self.act(state, objects, &mut events);
+        }
+    }
+
+    /// Lets the state decide on all events, and does what it decides.
+    fn act(&mut self, state: &mut State, objects: &Objects, events: &mut VecDeque<Event>) {
+        let mut actions = Vec::new();
+        while let Some(event) = events.pop_front() {
+            tracing::trace!(target: "netmcore", ?event);
+            state.step(event, &mut actions);
+            for action in actions.drain(..) {
+                tracing::trace!(target: "netmcore", ?action);
+                self.perform(action, objects, events);
             }
         }
     }
@@ -339,11 +344,7 @@ impl Run {
                 events.push(Event::Started { process, at });
             }
         }
-        for process in state.results_under_way() {
-            if control.look(process) == Seen::Gone {
-                events.push(Event::ResultGone { process });
-            }
-        }
+        events.extend(self.messages_gone(state));
         if state.is_running()
             && let Some(event) = self.find_deadlock(state)
         {
@@ -355,6 +356,14 @@ impl Run {
             queue: control.queue_facts(QUEUE_GLANCE),
         });
         events
+    }
+
+    fn messages_gone(&self, state: &State) -> impl Iterator<Item = Event> {
+        let control = &self.runtime.control;
+        state
+            .messages_under_way()
+            .filter(|&(process, leg)| control.is_message_gone(process, leg))
+            .map(|(process, leg)| Event::MessageGone { process, leg })
     }
 
     fn limits_of(&self, process: ProcessId) -> Limits {
@@ -568,6 +577,8 @@ impl Run {
                     Peer::Administrator => None,
                 };
                 let reply = self.answer(from, request, state, objects, events);
+                // All that the request leads to is done when it is answered: what was released is gone.
+                self.act(state, objects, events);
                 if !self.send(number, &reply) {
                     return self.close_connection(number);
                 }
@@ -643,18 +654,29 @@ impl Run {
             Request::Processes { after } => self.list_processes(after),
             Request::ReleasePoint { id } => self.release_point(id, state),
             Request::Landed { process, leg } => {
-                state.resources.land(process, leg);
-                events.push_back(Event::ResourcesChanged);
+                if from != Some(User::Process(process)) || leg != Leg::Argument {
+                    let reason = "a message has arrived where its receiver says so".to_owned();
+                    return Reply::Refused(RefusedReason::Other(reason));
+                }
+                events.push_back(Event::MessageGone { process, leg });
                 Reply::Done
             }
             request => {
-                if let Request::Send {
-                    process,
-                    leg: Leg::Result,
-                    ..
-                } = &request
-                {
-                    state.note_result_under_way(*process);
+                // A result that was joined before this request must not outlive it.
+                events.extend(self.messages_gone(state));
+                let sent = match &request {
+                    Request::Send { process, leg, .. } => Some((*process, *leg)),
+                    _ => None,
+                };
+                if let Some((process, leg)) = sent {
+                    let may_send = match leg {
+                        Leg::Argument => self.runtime.control.look(process) == Seen::Unfinished,
+                        Leg::Result => from == Some(User::Process(process)),
+                    };
+                    if !may_send {
+                        return Reply::Refused(RefusedReason::NoSuchProcess(process));
+                    }
+                    state.note_message(process, leg);
                 }
                 let reply = answer_about_resources(from, request, state, objects);
                 events.push_back(Event::ResourcesChanged);
@@ -791,6 +813,13 @@ impl Run {
                         bytes: used.private_bytes(),
                     });
                 }
+            }
+            Action::Destroy(_, ResourceRepr::ForkPoint(index)) => {
+                control.release_fork_point(index);
+            }
+            Action::Destroy(id, ResourceRepr::JoinPoint(index)) => {
+                control.release_join_point(index);
+                control.collect_released(id.get());
             }
             Action::Destroy(id, repr) => {
                 objects.destroy(id, &repr);
@@ -972,6 +1001,11 @@ pub(crate) fn answer_about_resources(
             resources.drop_user(user);
             Reply::Done
         }
+        // Before a run: nothing has been started by the point, or ever will be.
+        Request::ReleasePoint { id } => match resources.remove_point(id) {
+            Ok(_) => Reply::Done,
+            Err(error) => Reply::Refused(error.into()),
+        },
         Request::Send { process, leg, ids } => {
             match resources.send(user, process, leg, &ids, |_| false) {
                 Ok(()) => Reply::Done,
@@ -999,8 +1033,9 @@ pub(crate) fn answer_about_resources(
 
 fn destroy_all(state: &mut State, objects: &Objects) -> Reply {
     let mut failures = Vec::new();
-    for (id, repr) in state.resources.destroy_all() {
-        failures.extend(objects.destroy(id, &repr).iter().map(ToString::to_string));
+    for (id, repr) in state.resources.destroy_objects() {
+        let failed = objects.destroy(id, &repr);
+        failures.extend(failed.iter().map(|error| wire::with_causes(error)));
     }
     match failures.is_empty() {
         true => Reply::Done,

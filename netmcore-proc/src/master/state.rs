@@ -100,8 +100,8 @@ pub(crate) enum Event {
         who: Vec<ProcessId>,
         on_what: Vec<String>,
     },
-    /// The result of this process has been taken or dropped: what was in it has landed.
-    ResultGone { process: ProcessId },
+    /// A message with resources in it has arrived, or never will.
+    MessageGone { process: ProcessId, leg: Leg },
     /// Resources have changed (by a request, which the loop answers itself).
     ResourcesChanged,
 }
@@ -204,8 +204,8 @@ pub(crate) struct State {
     now: Nanos,
     no_fork_before: Nanos,
     next_sample: Nanos,
-    /// Results that carry resources and have not been taken.
-    results_under_way: BTreeSet<ProcessId>,
+    /// Messages with resources in them that have not arrived.
+    messages_under_way: BTreeSet<(ProcessId, Leg)>,
     pub(crate) resources: ResourceTable,
 }
 
@@ -226,7 +226,7 @@ impl State {
             now: 0,
             no_fork_before: 0,
             next_sample: 0,
-            results_under_way: BTreeSet::new(),
+            messages_under_way: BTreeSet::new(),
             resources,
         }
     }
@@ -277,12 +277,13 @@ impl State {
             .values()
             .any(|limited| limited.limits.time_ns.is_some())
     }
-    pub(crate) fn results_under_way(&self) -> Vec<ProcessId> {
-        self.results_under_way.iter().copied().collect()
+    /// Messages with resources in them that have not arrived, as far as is known.
+    pub(crate) fn messages_under_way(&self) -> impl Iterator<Item = (ProcessId, Leg)> {
+        self.messages_under_way.iter().copied()
     }
-    /// A result that carries resources is about to be delivered.
-    pub(crate) fn note_result_under_way(&mut self, process: ProcessId) {
-        self.results_under_way.insert(process);
+    /// A message with resources in it is about to be sent.
+    pub(crate) fn note_message(&mut self, process: ProcessId, leg: Leg) {
+        self.messages_under_way.insert((process, leg));
     }
 
     /// When the loop must look again though nothing has happened.
@@ -368,9 +369,9 @@ impl State {
             Event::Deadlocked { who, on_what } => {
                 self.shut_down(EndReason::Deadlock { who, on_what }, actions);
             }
-            Event::ResultGone { process } => {
-                self.results_under_way.remove(&process);
-                self.resources.land(process, Leg::Result);
+            Event::MessageGone { process, leg } => {
+                self.messages_under_way.remove(&(process, leg));
+                self.resources.land(process, leg);
                 self.destroy_unused(actions);
             }
             Event::ResourcesChanged => self.destroy_unused(actions),
@@ -511,6 +512,7 @@ impl State {
 
     fn process_ended(&mut self, process: ProcessId, actions: &mut Vec<Action>) {
         self.resources.process_ended(process);
+        self.messages_under_way.remove(&(process, Leg::Argument));
         self.destroy_unused(actions);
         if self.first == Some(process) {
             self.shut_down(EndReason::FirstProcessEnded, actions);
