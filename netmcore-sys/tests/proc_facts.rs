@@ -20,6 +20,7 @@ netmcore_forktest::forktests!(
     start_time_is_read_behind_strange_names,
     start_time_tells_processes_apart,
     zombie_is_told_from_the_living_and_the_gone,
+    sleeping_threads_are_counted_when_all_sleep,
     children_are_found_by_their_parent,
     private_memory_is_counted_as_resident_and_data,
     shared_memory_is_counted_as_shared_and_not_as_data,
@@ -98,6 +99,30 @@ fn zombie_is_told_from_the_living_and_the_gone() {
         process::start_time(child.pid).unwrap_err().errno,
         Errno::ESRCH
     );
+}
+
+fn sleeping_threads_are_counted_when_all_sleep() {
+    let this = Pid::this();
+    assert_eq!(process::sleeping_threads(this), Ok(None), "it asks");
+    let (ours, childs) = line();
+    let child = Child::fork(|| {
+        let second = std::thread::spawn(|| std::thread::sleep(std::time::Duration::from_secs(100)));
+        hear(&childs);
+        drop(second);
+        0
+    });
+    let until = |wanted| {
+        while process::sleeping_threads(child.pid) != Ok(wanted) {
+            std::thread::yield_now();
+        }
+    };
+    until(Some(2));
+    process::kill(child.pid, netmcore_sys::signal::SIGSTOP).unwrap();
+    until(None);
+    process::kill(child.pid, netmcore_sys::signal::SIGCONT).unwrap();
+    until(Some(2));
+    say(&ours, 0);
+    child.succeeds();
 }
 
 fn children_are_found_by_their_parent() {

@@ -98,6 +98,33 @@ pub fn thread_count() -> crate::Result<usize> {
     Ok(count)
 }
 
+/// Counts the threads of a process if all of them are asleep: `None` if one runs, waits for a processor, is stopped, or waits
+/// in the kernel where nothing can interrupt it. Threads that are past their last instruction do not count.
+///
+/// A thread that has been woken is not asleep any more, whether or not it has had a processor since.
+///
+/// # Errors
+///
+/// `ESRCH` if there is no such process (any more).
+pub fn sleeping_threads(pid: Pid) -> crate::Result<Option<usize>> {
+    let tasks = format!("/proc/{pid}/task");
+    let mut count = 0;
+    for entry in fs::read_dir(&tasks).map_err(|error| io_error("opendir", &tasks, &error))? {
+        let entry = entry.map_err(|error| io_error("readdir", &tasks, &error))?;
+        let stat = match Stat::read(&format!("{}/stat", entry.path().display())) {
+            Ok(stat) => stat,
+            Err(error) if error.errno == Errno::ESRCH => continue,
+            Err(error) => return Err(error),
+        };
+        match stat.state {
+            _ if stat.flags & FLAG_EXITING != 0 => {}
+            b'S' => count += 1,
+            _ => return Ok(None),
+        }
+    }
+    Ok(Some(count))
+}
+
 /// Returns when a process was started, in clock ticks since boot (field 22 of `/proc/PID/stat`): together with the
 /// id it names a process for good, for an id is not given out again within one tick.
 ///
