@@ -559,7 +559,9 @@ impl Control {
     fn key(&self, process: ProcessId) -> (&Slot, u32) {
         let id = process.get();
         let slots = self.slot_count as u64;
-        (self.slot_at((id % slots) as usize), (id / slots + 1) as u32)
+        // A number that no process can have must not name another's generation.
+        let generation = u32::try_from(id / slots + 1).unwrap_or(u32::MAX);
+        (self.slot_at((id % slots) as usize), generation)
     }
     fn process_of(&self, slot_index: usize, generation: u32) -> ProcessId {
         ProcessId::from_raw(
@@ -1044,6 +1046,24 @@ impl Control {
         self.key(process).0.join_point.load(Relaxed)
     }
 
+    /// Whether `process` has finished, for somebody who would not wait; without claiming anything, so that
+    /// whoever would wait is not turned away meanwhile.
+    pub(crate) fn peek(&self, process: ProcessId) -> Result<bool, ClaimError> {
+        let (slot, generation) = self.key(process);
+        let is_unfinished = self.look(process) == Seen::Unfinished;
+        let is_detached = Word(slot.word.load(Acquire)).has(Word::DETACHED);
+        let joiner = slot.joiner.load(Acquire);
+        // What was read is of this process only if it is still there.
+        if !is_unfinished || self.look(process) != Seen::Unfinished {
+            return Ok(true);
+        }
+        match joiner == u64::from(generation) << 32 {
+            true => Ok(false),
+            false if is_detached => Err(ClaimError::Detached),
+            false => Err(ClaimError::AlreadyJoined),
+        }
+    }
+
     /// Claims the result of `process` for `joiner`, finished or not. Exactly one claim succeeds.
     pub(crate) fn claim_result(
         &self,
@@ -1061,17 +1081,22 @@ impl Control {
         }
         let free = u64::from(generation) << 32;
         let mine = free | u64::from(joiner.0 + 1);
-        match slot.joiner.compare_exchange(free, mine, SeqCst, Relaxed) {
-            Ok(_) => Ok(Joining {
-                control: self,
-                slot,
-                generation,
-                process,
-                mine,
-                done: false,
-            }),
-            Err(_) => Err(ClaimError::AlreadyJoined),
+        if slot
+            .joiner
+            .compare_exchange(free, mine, SeqCst, Relaxed)
+            .is_err()
+        {
+            return Err(ClaimError::AlreadyJoined);
         }
+        crash_point!("proc.control.claimed");
+        Ok(Joining {
+            control: self,
+            slot,
+            generation,
+            process,
+            mine,
+            done: false,
+        })
     }
 
     /// Whether the argument or result of `process` is not on its way any more: it has arrived, or it
@@ -1111,6 +1136,7 @@ impl Control {
                 .compare_exchange_weak(word.0, detached.0, SeqCst, Acquire)
             {
                 Ok(_) => {
+                    crash_point!("proc.control.detached");
                     // The claim stays with the slot: nobody can join a detached process.
                     std::mem::forget(joining);
                     return Ok(false);
@@ -1305,14 +1331,16 @@ impl Control {
     pub(crate) fn settle(&self, worker: WorkerIndex, status: ExitStatus) -> Settled {
         let entry = self.worker(worker);
         let in_order = entry.in_order.load(SeqCst) == 1;
-        let mut served = self.process_served_by(worker);
+        let mut settled = Settled {
+            process: self.process_served_by(worker),
+            in_order,
+        };
+        let mut running = None;
         if !in_order {
             for index in 0..self.slot_count {
-                if let Some(process) = self.settle_slot(index, worker, status) {
-                    served = Some(process);
-                }
+                running = self.settle_slot(index, worker).or(running);
             }
-        } else if let Some(process) = served {
+        } else if let Some(process) = settled.process {
             // The wake of its joiners may have been its last act, or may not have been reached.
             let (slot, generation) = self.key(process);
             let word = Word(slot.word.load(Acquire));
@@ -1323,24 +1351,25 @@ impl Control {
         entry.process.store(0, Relaxed);
         entry.waiting.store(0, Relaxed);
         entry.generation.fetch_add(1, SeqCst);
+        // Last, so that whoever is told of the death finds nothing held by the dead.
+        if let Some(process) = running {
+            settled.process = Some(process);
+            self.fail_running(process, worker, status);
+        }
         if !in_order {
-            let deaths = &self.header().deaths.0;
-            deaths.fetch_add(1, SeqCst);
-            futex::wake_all(deaths);
+            // The end of a detached process leaves nothing in the table that would say whom to wake.
+            let header = self.header();
+            for word in [&header.completions.0, &header.deaths.0] {
+                word.fetch_add(1, SeqCst);
+                futex::wake_all(word);
+            }
         }
-        Settled {
-            process: served,
-            in_order,
-        }
+        settled
     }
 
-    /// Applies the table to one slot. Returns its process if the dead worker was running it.
-    fn settle_slot(
-        &self,
-        index: usize,
-        dead: WorkerIndex,
-        status: ExitStatus,
-    ) -> Option<ProcessId> {
+    /// Applies the table to one slot, except that the process that the dead worker was running is only
+    /// returned.
+    fn settle_slot(&self, index: usize, dead: WorkerIndex) -> Option<ProcessId> {
         let slot = self.slot_at(index);
         let word = Word(slot.word.load(Acquire));
         let generation = word.generation();
@@ -1355,45 +1384,33 @@ impl Control {
         {
             let free = u64::from(generation) << 32;
             let _ = slot.joiner.compare_exchange(joiner, free, SeqCst, Relaxed);
-        }
-        if matches!(word.state(), SlotState::Queued) {
-            // Its asker may have died before it told anybody.
-            self.lower_cursor(process);
-            self.wake_parked();
-            return None;
-        }
-        if word.is_finished() {
-            self.wake_joiners(slot, word);
-            return None;
-        }
-        if word.actor() != dead {
-            return None;
+            self.drop_if_released(slot, process, WorkerIndex::MASTER);
         }
         match word.state() {
+            SlotState::Queued => {
+                // Its asker may have died before it told anybody.
+                self.lower_cursor(process);
+                self.wake_parked();
+                None
+            }
+            SlotState::Done | SlotState::Failed => {
+                self.wake_joiners(slot, word);
+                None
+            }
+            _ if word.actor() != dead => None,
+            SlotState::Running => Some(process),
             SlotState::Preparing | SlotState::Collected => {
                 self.heap.free_all(tag_of(process));
                 self.free_slot(slot, generation);
-                // Whoever joined it before the death has its answer; a joiner that registered
-                // while it was being prepared cannot exist: its id was not known to anybody.
                 None
             }
-            SlotState::Running => {
-                self.fail_running(slot, process, generation, dead, status);
-                Some(process)
-            }
-            _ => None,
+            SlotState::Free => None,
         }
     }
 
     /// `Running(dead) → Failed`: keeps what the worker noted of the cause, frees all other blocks.
-    fn fail_running(
-        &self,
-        slot: &Slot,
-        process: ProcessId,
-        generation: u32,
-        dead: WorkerIndex,
-        status: ExitStatus,
-    ) {
+    fn fail_running(&self, process: ProcessId, dead: WorkerIndex, status: ExitStatus) {
+        let (slot, generation) = self.key(process);
         let noted = Outcome::from_word(slot.outcome.load(Acquire));
         let panic = slot.panic.load();
         let aborted = matches!(
@@ -1433,6 +1450,18 @@ impl Control {
             Some(dead),
             SlotState::Failed,
         );
+    }
+
+    /// `actor` has given back a claim: if the join point has been released meanwhile, nobody else can
+    /// make one, so the result is dropped when it comes.
+    fn drop_if_released(&self, slot: &Slot, process: ProcessId, actor: WorkerIndex) {
+        let is_defined = slot.entry_kind.load(Relaxed) == 0;
+        let index = slot.entry.load(Relaxed);
+        // If the slot is another process's by now, both may be anything, and detaching is refused.
+        if is_defined && index < POINT_LIMIT as u64 && self.is_join_point_released(index as u32) {
+            // Refused if somebody who was let in before the release joins it.
+            let _ = self.detach(process, actor);
+        }
     }
 
     /// Drops the results of all finished processes of a released join point.
@@ -1495,9 +1524,7 @@ impl Control {
             let word = Word(slot.word.load(SeqCst));
             match word.state() {
                 SlotState::Queued | SlotState::Preparing | SlotState::Collected => true,
-                SlotState::Done | SlotState::Failed => {
-                    slot.joiner.load(SeqCst) as u32 != 0 || word.has(Word::ANY)
-                }
+                SlotState::Done | SlotState::Failed => slot.joiner.load(SeqCst) as u32 != 0,
                 SlotState::Running => {
                     !is_waiting(word.actor(), self.process_of(index, word.generation()))
                 }
@@ -1747,6 +1774,9 @@ impl Drop for Joining<'_> {
                 .slot
                 .joiner
                 .compare_exchange(self.mine, free, SeqCst, Relaxed);
+            let actor = WorkerIndex(self.mine as u32 - 1);
+            self.control
+                .drop_if_released(self.slot, self.process, actor);
         }
     }
 }

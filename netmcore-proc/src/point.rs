@@ -441,6 +441,13 @@ impl<R: DeserializeOwned> Running<R> {
             return Err(JoinError::NoResource { process, id });
         }
         self.check_join_point(runtime)?;
+        if matches!(wait, Wait::Never)
+            && !control
+                .peek(process)
+                .map_err(|error| claim_error(process, error))?
+        {
+            return Ok(None);
+        }
         let joining = control
             .claim_result(process, me)
             .map_err(|error| claim_error(process, error))?;
@@ -473,7 +480,9 @@ impl<R: DeserializeOwned> Running<R> {
             return Ok(());
         }
         let expected = runtime.control.join_point_of(process);
-        if expected == self.key.join_point {
+        // What was read is of this process only if it is still there.
+        let is_gone = runtime.control.look(process) == Seen::Gone;
+        if expected == self.key.join_point || is_gone {
             return Ok(());
         }
         Err(JoinError::WrongJoinPoint {

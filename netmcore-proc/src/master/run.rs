@@ -16,7 +16,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -215,8 +214,18 @@ pub(crate) struct Run {
     next_connection: u64,
     /// Given up for a moment to turn a connection away when there is no other descriptor.
     spare: Option<OwnedFd>,
+    /// Everybody seems to wait for ever, but not all are asleep: looked at again after this time.
+    look_again: Option<Duration>,
     /// Why forks are refused altogether: an error of the program, not of the machine.
     pub(crate) fatal: Option<Error>,
+}
+
+/// What a look for a deadlock found.
+enum Deadlock {
+    No,
+    /// Nobody seems to have anything to do, but not all are asleep.
+    Maybe,
+    Found(Event),
 }
 
 impl Run {
@@ -254,6 +263,7 @@ impl Run {
             connections: BTreeMap::new(),
             next_connection: 0,
             spare: Some(spare.into()),
+            look_again: None,
             fatal: None,
         })
     }
@@ -299,7 +309,13 @@ impl Run {
         }
         let deadline = match has_acted {
             true => Some(Deadline::after(Duration::ZERO)),
-            false => state.wake_at().map(Deadline::from_nanos),
+            false => [
+                state.wake_at().map(Deadline::from_nanos),
+                self.look_again.map(Deadline::after),
+            ]
+            .into_iter()
+            .flatten()
+            .min(),
         };
         let mut ready = Vec::new();
         if let Err(error) = self.epoll.wait(&mut ready, deadline) {
@@ -345,10 +361,17 @@ impl Run {
             }
         }
         events.extend(self.messages_gone(state));
-        if state.is_running()
-            && let Some(event) = self.find_deadlock(state)
-        {
-            events.push(event);
+        if state.is_running() {
+            match self.find_deadlock(state) {
+                Deadlock::No => self.look_again = None,
+                Deadlock::Maybe => {
+                    const LEAST: Duration = Duration::from_millis(1);
+                    const MOST: Duration = Duration::from_secs(1);
+                    let pause = self.look_again.map_or(LEAST, |pause| (pause * 2).min(MOST));
+                    self.look_again = Some(pause);
+                }
+                Deadlock::Found(event) => events.push(event),
+            }
         }
         let now = Deadline::after(Duration::ZERO).as_nanos();
         events.push(Event::Survey {
@@ -375,9 +398,12 @@ impl Run {
     }
 
     /// Looks for the state that nobody can leave: every thread of every worker waits without deadline,
-    /// nothing is queued, no result is on its way, and all that held for a while (no wait began or
-    /// ended between the first look and the last).
-    fn find_deadlock(&self, state: &State) -> Option<Event> {
+    /// nothing is queued, no result is on its way, and all that held for a while.
+    ///
+    /// Whoever could wake a waiter is itself seen to wait, and a waiter that has been woken is not asleep
+    /// any more, whether or not it has had a processor since. So it is enough that all are asleep (asked
+    /// second), and that no wait began or ended since the first look (asked last).
+    fn find_deadlock(&self, state: &State) -> Deadlock {
         let control = &self.runtime.control;
         let mut waits = Vec::new();
         for worker in state.workers() {
@@ -386,7 +412,7 @@ impl Run {
             };
             let wait = control.wait_of(worker);
             if wait.threads == 0 {
-                return None;
+                return Deadlock::No;
             }
             waits.push((worker, process, wait));
         }
@@ -396,25 +422,24 @@ impl Run {
                 .any(|&(waiter, its, _)| waiter == worker && its == process)
         };
         if waits.is_empty() || state.has_time_limits() || control.is_anything_pending(is_waiting) {
-            return None;
+            return Deadlock::No;
         }
-        for &(worker, _, wait) in &waits {
-            let pid = self.children.get(&worker)?.pid;
-            if process::is_zombie(pid).unwrap_or(true) {
-                return None;
-            }
-            let tasks = std::fs::metadata(format!("/proc/{pid}/task")).ok()?.nlink();
-            if tasks.saturating_sub(2) != u64::from(wait.threads) {
-                return None;
-            }
-        }
-        if waits
+        let is_asleep = |worker: WorkerIndex, threads: u32| {
+            let child = self.children.get(&worker)?;
+            let asleep = process::sleeping_threads(child.pid).ok()??;
+            Some(asleep == threads as usize)
+        };
+        let all_sleep = waits
             .iter()
-            .any(|&(worker, _, wait)| control.wait_of(worker) != wait)
-        {
-            return None;
+            .all(|&(worker, _, wait)| is_asleep(worker, wait.threads) == Some(true));
+        let has_changed = waits
+            .iter()
+            .any(|&(worker, _, wait)| control.wait_of(worker) != wait);
+        if !all_sleep || has_changed {
+            // One that has rung is not asleep yet, or another thread is about to end.
+            return Deadlock::Maybe;
         }
-        Some(Event::Deadlocked {
+        Deadlock::Found(Event::Deadlocked {
             who: waits.iter().map(|&(_, process, _)| process).collect(),
             on_what: waits
                 .iter()
