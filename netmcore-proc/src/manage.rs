@@ -25,6 +25,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use netmcore_sem::SemContainer;
 use netmcore_sys::ObjectName;
+use netmcore_sys::crash_point;
 use netmcore_sys::process::{self, Limit, Pid};
 use netmcore_sys::socket;
 
@@ -234,6 +235,7 @@ impl Client {
         if !socket::send_all(&*self.socket, &bytes).unwrap_or(false) {
             return Err(gone(runtime));
         }
+        crash_point!("proc.manage.asked");
         let mut buffer = [0; 4096];
         loop {
             let count = match socket::receive(&*self.socket, &mut buffer) {
@@ -241,6 +243,7 @@ impl Client {
                 _ => return Err(gone(runtime)),
             };
             if let Some(frame) = self.reader.push(&buffer[..count]).map_err(wire_error)? {
+                crash_point!("proc.manage.answered");
                 return frame.message::<Reply>().map_err(wire_error);
             }
         }

@@ -91,7 +91,6 @@ impl Objects {
         }
     }
 
-    /// Creates an object, record first. After an error there is neither object nor record.
     fn recorder(&self) -> &dyn Recorder {
         match &self.log {
             Some(log) => log,
@@ -99,6 +98,7 @@ impl Objects {
         }
     }
 
+    /// Creates an object, record first. After an error there is neither object nor record.
     fn create(&self, creation: &Creation) -> Result<ResourceRepr> {
         const MODE: u32 = 0o600;
         let recorder = self.recorder();
@@ -150,14 +150,17 @@ impl Objects {
             let path = std::path::PathBuf::from(std::ffi::OsString::from_vec(bytes));
             let repr = ResourceRepr::File(path.clone());
             self.register(&repr)?;
-            crash_point!("proc.run.recorded");
+            crash_point!("proc.run.file_recorded");
             let created = std::fs::OpenOptions::new()
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
                 .open(&path);
             match created {
-                Ok(_) => return Ok(repr),
+                Ok(_) => {
+                    crash_point!("proc.run.file_created");
+                    return Ok(repr);
+                }
                 Err(error) => {
                     if let Some(log) = &self.log {
                         log.unregister(&repr.kernel_objects())?;
@@ -604,6 +607,7 @@ impl Run {
                 let reply = self.answer(from, request, state, objects, events);
                 // All that the request leads to is done when it is answered: what was released is gone.
                 self.act(state, objects, events);
+                crash_point!("proc.run.done");
                 if !self.send(number, &reply) {
                     return self.close_connection(number);
                 }
@@ -992,7 +996,10 @@ pub(crate) fn answer_about_resources(
             match resources.insert(repr.clone(), user) {
                 Err(error) => Reply::Refused(error.into()),
                 Ok(inserted) => match objects.register(&repr) {
-                    Ok(()) => Reply::Id(inserted.id),
+                    Ok(()) => {
+                        crash_point!("proc.run.managed");
+                        Reply::Id(inserted.id)
+                    }
                     Err(error) => {
                         if inserted.is_new {
                             let _ = resources.remove(inserted.id, None);
@@ -1007,10 +1014,13 @@ pub(crate) fn answer_about_resources(
         Request::Create(creation) => match objects.create(&creation) {
             Err(error) => refuse(error),
             Ok(repr) => match resources.insert(repr.clone(), user) {
-                Ok(inserted) => Reply::Created {
-                    id: inserted.id,
-                    repr,
-                },
+                Ok(inserted) => {
+                    crash_point!("proc.run.inserted");
+                    Reply::Created {
+                        id: inserted.id,
+                        repr,
+                    }
+                }
                 Err(error) => Reply::Refused(error.into()),
             },
         },

@@ -1,4 +1,5 @@
 //! What exists and what is recorded, as seen from outside.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::collections::BTreeSet;
 use std::fs;
