@@ -40,8 +40,8 @@ pub use descriptors::{close_range, move_above, open_descriptors};
 pub use limits::{Limit, Resource, get_limit, get_limit_of, set_limit, set_limit_of};
 pub use pidfd::{ExitStatus, PidFd, kill_and_reap};
 pub use proc_fs::{
-    MemoryUse, is_zombie, memory_use, processes_with_parent, sleeping_threads, start_time,
-    thread_count,
+    MemoryUse, is_dying, is_zombie, memory_use, processes_with_parent, sleeping_threads,
+    start_time, thread_count,
 };
 pub use processors::{available_processors, get_affinity, set_affinity};
 

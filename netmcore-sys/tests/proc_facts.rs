@@ -14,13 +14,14 @@ use std::ffi::CStr;
 use child::{Child, ends, hear, line, say};
 use netmcore_sys::error::Errno;
 use netmcore_sys::process::{self, MemoryUse, Pid};
-use netmcore_sys::signal::SIGTERM;
+use netmcore_sys::signal::{SIGKILL, SIGTERM};
 
 netmcore_forktest::forktests!(
     start_time_is_read_behind_strange_names,
     start_time_tells_processes_apart,
     zombie_is_told_from_the_living_and_the_gone,
     sleeping_threads_are_counted_when_all_sleep,
+    killed_process_is_dying_at_once,
     children_are_found_by_their_parent,
     private_memory_is_counted_as_resident_and_data,
     shared_memory_is_counted_as_shared_and_not_as_data,
@@ -67,6 +68,24 @@ fn start_time_tells_processes_apart() {
         start_time > before
     });
     assert!(later.is_some());
+}
+
+fn killed_process_is_dying_at_once() {
+    for _ in 0..200 {
+        let (_ours, childs) = line();
+        let child = Child::fork(|| {
+            hear(&childs);
+            0
+        });
+        assert!(!process::is_dying(child.pid).unwrap());
+        child.pidfd.send_signal(SIGKILL).unwrap();
+        assert!(process::is_dying(child.pid).unwrap());
+        assert!(ends(&child.pidfd));
+        assert!(process::is_dying(child.pid).unwrap());
+        child.pidfd.wait().unwrap();
+        let gone = process::is_dying(child.pid).unwrap_err();
+        assert_eq!(gone.errno, Errno::ESRCH);
+    }
 }
 
 fn zombie_is_told_from_the_living_and_the_gone() {

@@ -147,6 +147,39 @@ pub fn is_zombie(pid: Pid) -> crate::Result<bool> {
     ))
 }
 
+/// Tells whether a process will run no more code of its program: it is a zombie, on its way out, or SIGKILL waits
+/// for it.
+///
+/// For someone who has killed a process and does not want to wait until it is gone. "No" may be out of date at once.
+///
+/// # Errors
+///
+/// `ESRCH` if there is no such process (any more).
+pub fn is_dying(pid: Pid) -> crate::Result<bool> {
+    /// The bit of SIGKILL in a set of signals as `/proc` shows it.
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    let has_ended = || -> crate::Result<bool> {
+        let stat = Stat::read(&format!("/proc/{pid}/stat"))?;
+        Ok(matches!(stat.state, b'Z' | b'X' | b'x') || stat.flags & FLAG_EXITING != 0)
+    };
+    if has_ended()? {
+        return Ok(true);
+    }
+    let status = read(&format!("/proc/{pid}/status"))?;
+    let pending = |line: &str| {
+        let set = line
+            .strip_prefix("SigPnd:")
+            .or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(set.trim(), 16).ok()
+    };
+    let is_killed = String::from_utf8_lossy(&status)
+        .lines()
+        .filter_map(pending)
+        .any(|set| set & SIGKILL != 0);
+    // The signal is taken before the process is marked: look again at what it may have become meanwhile.
+    Ok(is_killed || has_ended()?)
+}
+
 /// Returns the processes whose parent is `parent` now, zombies included, in ascending order.
 ///
 /// A look at all of `/proc`, one process after the other, while processes come and go: those that were there
