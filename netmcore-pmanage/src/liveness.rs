@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | free | any | takes it, writes its own id and start time |
 //! | taken | lives | [`AlreadyRunning`](Error::AlreadyRunning) |
-//! | taken | dead, a zombie, or none named (not yet, or not any more) | waits until the lock is free or somebody else has it, at most 2 s; then [`StillDying`](Error::StillDying) |
+//! | taken | dead, a zombie, about to be killed, or none named (not yet, or not any more) | waits until the lock is free or somebody else has it, at most 2 s; then [`StillDying`](Error::StillDying) |
 //!
 //! **Invariants.**
 //! 1. The file is never removed, so two programs cannot hold the lock of two different files of this name. (If
@@ -205,7 +205,7 @@ fn live_master(file: &File) -> io::Result<Option<Pid>> {
     };
     // Errors mean that there is no such process (any more).
     let is_alive = process::start_time(pid).is_ok_and(|ticks| ticks == started)
-        && process::is_zombie(pid).is_ok_and(|is_zombie| !is_zombie);
+        && process::is_dying(pid).is_ok_and(|is_dying| !is_dying);
     Ok(is_alive.then_some(pid))
 }
 
