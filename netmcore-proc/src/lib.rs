@@ -5,6 +5,7 @@ mod backtrace;
 mod codec;
 mod context;
 mod control;
+pub mod debug;
 pub mod dynamic;
 mod error;
 mod id;
