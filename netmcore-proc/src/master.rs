@@ -93,7 +93,8 @@ struct Core {
     state: State,
     opened: Option<Opened>,
     run: Option<Run>,
-    has_pidfile: bool,
+    /// The pidfile that has been written, by a path that holds wherever the program goes.
+    written_pidfile: Option<PathBuf>,
     /// The run is over, or was given up: nothing is opened again.
     is_over: bool,
 }
@@ -369,7 +370,7 @@ impl Master {
             state: State::new(ResourceTable::starting_at(first_resource)),
             opened: None,
             run: None,
-            has_pidfile: false,
+            written_pidfile: None,
             is_over: false,
         }));
         CURRENT.set(Some(Rc::clone(&core)));
@@ -615,11 +616,13 @@ impl Core {
         )?;
         if let Some(pidfile) = &self.config.pidfile {
             let pid = format!("{}\n", std::process::id());
-            std::fs::write(pidfile, pid).map_err(|error| Error::InvalidPath {
+            let written = std::path::absolute(pidfile)
+                .and_then(|path| std::fs::write(&path, pid).map(|()| path));
+            let written = written.map_err(|error| Error::InvalidPath {
                 path: pidfile.clone(),
                 why: error.to_string(),
             })?;
-            self.has_pidfile = true;
+            self.written_pidfile = Some(written);
         }
         let doorbell = Arc::new(OwnFd::new(EventFd::new().map_err(doing())?));
         let base = birth::choose_base()?;
@@ -666,7 +669,10 @@ impl Core {
         if let Some(error) = run.fatal.take() {
             return Err(error);
         }
-        Ok(self.state.end_reason().cloned().unwrap_or(EndReason::Asked))
+        let reason = self.state.end_reason().cloned();
+        let reason = reason.unwrap_or(EndReason::Asked);
+        tracing::info!(target: "netmcore", ?reason, "the run ends");
+        Ok(reason)
     }
 
     /// Step 5, from wherever the run has come to. All of it is tried; the first failure is told.
@@ -703,13 +709,12 @@ impl Core {
             }
         }
         NEXT_RESOURCE.fetch_max(self.state.resources.next_id().get(), Relaxed);
-        if let Some(pidfile) = &self.config.pidfile
-            && std::mem::take(&mut self.has_pidfile)
-            && let Err(error) = std::fs::remove_file(pidfile)
+        if let Some(pidfile) = self.written_pidfile.take()
+            && let Err(error) = std::fs::remove_file(&pidfile)
             && error.kind() != std::io::ErrorKind::NotFound
         {
             note(Err(Error::InvalidPath {
-                path: pidfile.clone(),
+                path: pidfile,
                 why: error.to_string(),
             }));
         }

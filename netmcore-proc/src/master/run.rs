@@ -53,6 +53,8 @@ const NUMBER: u64 = (1 << 56) - 1;
 
 /// A queue longer than this is not counted further in one round.
 const QUEUE_GLANCE: usize = 256;
+/// Bytes that are read from a connection before others have their turn: some dozens of requests.
+const READ_LEN_BYTES: usize = 4096;
 /// Bytes that a connection may leave unread before it is closed.
 const UNREAD_LIMIT_BYTES: usize = 4 << 20;
 
@@ -180,6 +182,7 @@ impl Objects {
 
     /// Unlinks an object, then drops its record. What cannot be unlinked stays in the record.
     pub(crate) fn destroy(&self, id: ResourceId, repr: &ResourceRepr) -> Vec<Error> {
+        tracing::debug!(target: "netmcore", %id, resource = %repr, "a resource is deleted");
         let mut failures = Vec::new();
         if let Some(prefix) = repr.container_prefix() {
             let container = SemContainer::open(prefix);
@@ -569,48 +572,47 @@ impl Run {
         if !self.flush(number) {
             return self.close_connection(number);
         }
-        let mut buffer = [0; 16 * 1024];
+        // One buffer a round: whoever sends more has to let the others have their turn.
+        let mut buffer = [0; READ_LEN_BYTES];
+        let Some(connection) = self.connections.get_mut(&number) else {
+            return;
+        };
+        let count = match socket::receive_nonblocking(&connection.fd, &mut buffer) {
+            Ok(Received::Bytes(count)) => count,
+            Ok(Received::WouldBlock) => return,
+            Ok(Received::Closed) | Err(_) => {
+                if let Err(error) = connection.reader.finish() {
+                    tracing::warn!(target: "netmcore", peer = ?connection.peer, %error, "a connection has ended");
+                }
+                return self.close_connection(number);
+            }
+        };
+        let mut bytes = &buffer[..count];
         loop {
             let Some(connection) = self.connections.get_mut(&number) else {
                 return;
             };
-            let count = match socket::receive_nonblocking(&connection.fd, &mut buffer) {
-                Ok(Received::Bytes(count)) => count,
-                Ok(Received::WouldBlock) => return,
-                Ok(Received::Closed) | Err(_) => {
-                    if let Err(error) = connection.reader.finish() {
-                        tracing::warn!(target: "netmcore", peer = ?connection.peer, %error, "a connection has ended");
-                    }
+            let peer = connection.peer;
+            let frame = connection.reader.push(std::mem::take(&mut bytes));
+            let request = match frame.and_then(|frame| frame.map(|f| f.message()).transpose()) {
+                Ok(Some(request)) => request,
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(target: "netmcore", ?peer, %error, "a connection is closed");
+                    self.refuse_foreign(number, &error);
                     return self.close_connection(number);
                 }
             };
-            let mut bytes = &buffer[..count];
-            loop {
-                let Some(connection) = self.connections.get_mut(&number) else {
-                    return;
-                };
-                let peer = connection.peer;
-                let frame = connection.reader.push(std::mem::take(&mut bytes));
-                let request = match frame.and_then(|frame| frame.map(|f| f.message()).transpose()) {
-                    Ok(Some(request)) => request,
-                    Ok(None) => break,
-                    Err(error) => {
-                        tracing::warn!(target: "netmcore", ?peer, %error, "a connection is closed");
-                        self.refuse_foreign(number, &error);
-                        return self.close_connection(number);
-                    }
-                };
-                let from = match peer {
-                    Peer::Worker(worker) => state.user(worker),
-                    Peer::Administrator => None,
-                };
-                let reply = self.answer(from, request, state, objects, events);
-                // All that the request leads to is done when it is answered: what was released is gone.
-                self.act(state, objects, events);
-                crash_point!("proc.run.done");
-                if !self.send(number, &reply) {
-                    return self.close_connection(number);
-                }
+            let from = match peer {
+                Peer::Worker(worker) => state.user(worker),
+                Peer::Administrator => None,
+            };
+            let reply = self.answer(from, request, state, objects, events);
+            // All that the request leads to is done when it is answered: what was released is gone.
+            self.act(state, objects, events);
+            crash_point!("proc.run.done");
+            if !self.send(number, &reply) {
+                return self.close_connection(number);
             }
         }
     }
@@ -827,7 +829,10 @@ impl Run {
                 }
             }
             Action::Kill { worker } => self.kill(worker),
-            Action::EnterPhase(phase) => control.set_phase(phase),
+            Action::EnterPhase(phase) => {
+                tracing::debug!(target: "netmcore", ?phase, "the run enters a phase");
+                control.set_phase(phase);
+            }
             Action::FailQueued => {
                 for process in control.queued() {
                     control.fail_queued(process, Outcome::ShutDown);
@@ -904,6 +909,7 @@ impl Run {
         self.runtime.control.set_unix_pid(worker, pid.get() as u32);
         match self.watch(worker, pid) {
             Ok(pidfd) => {
+                tracing::debug!(target: "netmcore", worker = worker.0, %pid, ?birth, "a worker has been forked");
                 self.children.insert(worker, Child { pid, pidfd });
                 Ok(())
             }
@@ -998,6 +1004,7 @@ pub(crate) fn answer_about_resources(
                 Ok(inserted) => match objects.register(&repr) {
                     Ok(()) => {
                         crash_point!("proc.run.managed");
+                        tracing::debug!(target: "netmcore", id = %inserted.id, resource = %repr, ?user, "a resource is managed");
                         Reply::Id(inserted.id)
                     }
                     Err(error) => {
@@ -1016,10 +1023,9 @@ pub(crate) fn answer_about_resources(
             Ok(repr) => match resources.insert(repr.clone(), user) {
                 Ok(inserted) => {
                     crash_point!("proc.run.inserted");
-                    Reply::Created {
-                        id: inserted.id,
-                        repr,
-                    }
+                    let id = inserted.id;
+                    tracing::debug!(target: "netmcore", %id, resource = %repr, ?user, "a resource has been created");
+                    Reply::Created { id, repr }
                 }
                 Err(error) => Reply::Refused(error.into()),
             },
