@@ -71,7 +71,8 @@ pub fn start_into<A: AsRef<OsStr>>(name: &str, arguments: &[A], output: &Path) -
     Program { child, lines: None }
 }
 
-fn command<A: AsRef<OsStr>>(name: &str, arguments: &[A]) -> Command {
+/// A program of this test file, to be started.
+pub fn command<A: AsRef<OsStr>>(name: &str, arguments: &[A]) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--program", name]).args(arguments);
     command.stdin(Stdio::null()).process_group(0);
