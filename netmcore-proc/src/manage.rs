@@ -264,7 +264,9 @@ fn gone(runtime: &Runtime) -> Error {
             call: "a request to the master",
         };
     }
-    if Pid::parent() != Some(runtime.master) {
+    // A master that is killed closes its sockets before its children are told.
+    let is_parent = Pid::parent() == Some(runtime.master);
+    if !is_parent || process::is_dying(runtime.master).unwrap_or(true) {
         return Error::MasterGone;
     }
     Error::Refused {
