@@ -1006,10 +1006,12 @@ fn serves_until_told(arguments: &[String]) {
     let first = master.def_process(move |_: ()| {
         println!("serves");
         let mut served = 0_u64;
-        while !go_on.exists() {
+        loop {
             served = leaf.start(&served).unwrap().join().unwrap();
+            if go_on.exists() {
+                return served;
+            }
         }
-        served
     });
     let served = master.run(&first, &()).unwrap();
     println!("served {served}");
