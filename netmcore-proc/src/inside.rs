@@ -57,6 +57,26 @@ fn split_mix(state: &mut u64) -> u64 {
 /// Has `hook` called at the start of each process, before its function: to reseed generators, or to
 /// set up what each worker needs once. Called in the master, before the run or in a hook.
 ///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Master, on_worker_start, worker_seed};
+/// use std::sync::Mutex;
+///
+/// static SEED: Mutex<[u8; 32]> = Mutex::new([0; 32]);
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// on_worker_start(|| *SEED.lock().unwrap() = worker_seed().unwrap())?;
+/// let mut master = Master::builder(&directory);
+/// let draw = master.def_process(|()| *SEED.lock().unwrap());
+/// let first = master.def_process(move |()| {
+///     let [one, other] = [(), ()].map(|()| draw.start(&()).unwrap());
+///     assert_ne!(one.join().unwrap(), other.join().unwrap());
+/// });
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// [`Error::NotInWorker`].
 pub fn on_worker_start(hook: fn()) -> Result<()> {

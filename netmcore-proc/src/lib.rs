@@ -1,4 +1,42 @@
-//! A master that forks workers, typed processes, and resources that never leak.
+#![doc = include_str!("../README.md")]
+//!
+//! # The processes
+//!
+//! ```text
+//!  your program ── run(&first, &arg) ──► master       forks, reaps, keeps the books; never computes
+//!                                       ╱  │   ╲
+//!                                worker  worker  ready worker, parked
+//!                                 │  │     ▲        ▲
+//!                     start(&arg) │  │     │ claims │ wakes
+//!                                 │  │     │        │
+//!                                 ▼  ▼ join│        │
+//!                       control block: slots, arguments, results, deaths (a memfd, at one address)
+//!
+//!  worker ── create, manage, get, release ──► master ── records, then creates; unlinks, then drops ──► DIR/netplex.pmanage
+//!                 (frames over DIR/netplex.controller/admin)
+//! ```
+//!
+//! The slot of a process is the truth about it: free, being prepared, queued, running, done or failed, joined. Each step is one
+//! atomic store, and a table says what the master makes of it when a party to it has died.
+//!
+//! # A worker's life
+//!
+//! 1. The master flushes its output and forks; the worker asks the kernel to be killed with its master.
+//! 2. It closes the master's descriptors and restores signals and limits as the program had them.
+//! 3. It parks, if it was forked in advance: a futex that a `start` wakes. It claims one queued process.
+//! 4. It sets its limits, and calls the hooks of [`on_worker_start`].
+//! 5. It decodes the argument; resources in it become its own.
+//! 6. It runs the function. A panic is caught, with message, place and raw backtrace.
+//! 7. It encodes the result; resources in it are told to the master, so that they outlive it.
+//! 8. It gives up all its uses and flushes its output.
+//! 9. It stores `Done` or `Failed` in the slot, and wakes its joiner.
+//! 10. It leaves by `_exit`; the master reaps it and forks the next one.
+//!
+//! # Where to look
+//!
+//! `control` is the control block and its table of deaths; `point` starts and joins; `worker` is the list above; `master` is the
+//! run from builder to end, with its loop in `run`, its decisions in `state`, the fork in `birth`; `manage` and `resource` are
+//! resources, seen by their users and by the master; `wire` and `codec` are what travels.
 
 mod abort;
 mod backtrace;
@@ -34,3 +72,9 @@ pub use point::{ForkPoint, JoinPoint, Process, Running, StartOptions, join_any};
 pub use resource::{Inherit, ResourceRepr, ResourceType};
 pub use spawn::spawn;
 pub use wire::WireError;
+
+// What the functions above take and give, so that this crate is enough to use them.
+pub use netmcore_pmanage::Log;
+pub use netmcore_sem::{NamedSemaphore, SemContainer};
+pub use netmcore_shm::{Access, ShmObject};
+pub use netmcore_sys::{NameError, NoRecord, ObjectName, Recorder, SysError};

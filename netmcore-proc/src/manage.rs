@@ -40,6 +40,34 @@ use crate::wire::{Creation, FrameReader, RefusedReason, Reply, Request, WireErro
 /// One use of a resource by this process. Dropping it gives the use up.
 ///
 /// As part of an argument or a result it keeps its object alive until the receiver holds its own.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Error, Master, Resource, create_sem, get_sem, release, spawn};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(|()| {
+///     let permits = create_sem("/example-", 3).unwrap();
+///
+///     // By its id any process can become a user, while there is one.
+///     let id = permits.id();
+///     let other = spawn(|id| get_sem(id).unwrap().keep(), &id).unwrap(); // used until it ends
+///     other.join().unwrap();
+///
+///     // In a message it lives until the receiver holds it.
+///     let echo = spawn(|permits: Resource| permits, &permits).unwrap();
+///     drop(permits);
+///     let permits = echo.join().unwrap();
+///
+///     permits.release().unwrap(); // the last use: it is gone
+///     assert!(matches!(get_sem(id), Err(Error::NoResource { .. })));
+///     assert!(matches!(release(id), Err(Error::NoResource { .. })));
+/// });
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
 #[must_use = "dropping it gives up the use; `keep` keeps it until the process ends"]
 #[derive(Debug)]
 pub struct Resource {
@@ -356,6 +384,28 @@ fn absolute(path: &Path) -> Result<std::path::PathBuf> {
 /// Hands a temporary file to the manager: it is deleted when its last user is gone, at the latest by
 /// the next start on the same directory. The file need not exist yet, which is the leak-free order.
 ///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Error, Master, manage_file};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let temporary = tempfile::tempdir()?;
+/// # let directory = temporary.path().to_path_buf();
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(move |()| {
+///     let path = directory.join("scratch");
+///     manage_file(&path).unwrap().keep(); // this process is a user until it ends
+///     std::fs::write(&path, "work in progress").unwrap();
+///     // The same file again is the same resource, with one more use.
+///     drop(manage_file(&path).unwrap());
+///     assert!(path.exists());
+///     assert!(matches!(manage_file("../scratch"), Err(Error::InvalidPath { .. })));
+///     path
+/// });
+/// assert!(!master.run(&first, &())?.exists());
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// [`Error::InvalidPath`] for a path with `..` or of a directory; else as the master's record.
 #[doc(alias = "Netmcore.manage_file")]
@@ -373,6 +423,24 @@ pub fn get_file(id: ResourceId) -> Result<Resource> {
 }
 
 /// Creates an empty file (mode 0600) whose name begins with `prefix` and is not in use, recorded first.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Master, create_file};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let temporary = tempfile::tempdir()?;
+/// # let directory = temporary.path().to_path_buf();
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(move |()| {
+///     let scratch = create_file(directory.join("scratch-")).unwrap();
+///     let path = scratch.path().unwrap().to_path_buf();
+///     std::fs::write(&path, "work in progress").unwrap();
+///     path // the guard is dropped: its last user is gone
+/// });
+/// assert!(!master.run(&first, &())?.exists());
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// [`Error::InvalidPath`] if the file cannot be created.
@@ -406,6 +474,29 @@ pub fn get_shm(id: ResourceId) -> Result<Resource> {
 }
 
 /// Creates a shared memory object of `len_bytes` (mode 0600), recorded first. `prefix` begins with `/`.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Access, Master, ResourceId, ShmObject, create_shm, get_shm, spawn};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(|()| {
+///     let memory = create_shm("/example-", 8192).unwrap();
+///     let length = |id: ResourceId| {
+///         let memory = get_shm(id).unwrap();
+///         let object = ShmObject::open(memory.name().unwrap(), Access::ReadWrite).unwrap();
+///         object.len_bytes().unwrap()
+///     };
+///     assert_eq!(spawn(length, &memory.id()).unwrap().join().unwrap(), 8192);
+///
+///     // More than there is room for is an error, and leaves nothing.
+///     assert!(create_shm("/example-", 1 << 60).is_err());
+/// });
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// Fails without leaving anything: a bad prefix, no space.
@@ -446,6 +537,24 @@ pub fn get_sem_container(id: ResourceId) -> Result<Resource> {
 }
 
 /// Creates a shared memory object with its semaphore container, recorded first.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Master, create_shm_sc, record};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(|()| {
+///     let memory = create_shm_sc("/example-", 4096).unwrap();
+///     let container = memory.container().unwrap();
+///     let third = container.create_semaphore(3, 1, 0o600, &record().unwrap()).unwrap();
+///     assert!(container.open_semaphore(3).unwrap().try_wait().unwrap());
+///     assert_eq!(third.value(), 0);
+/// }); // the object goes with its last user, and its semaphores with it
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// As for [`create_shm`].

@@ -318,14 +318,23 @@ impl ProcessOptions {
 
 /// A master to be: options and process definitions, until it is run.
 ///
-/// ```no_run
-/// use netmcore_proc::Master;
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Error, JoinError, Master};
 ///
-/// let mut master = Master::builder("/tmp/squares");
-/// let square = master.def_process(|k: u64| k * k);
-/// let result = master.run(&square, &7)?;
-/// assert_eq!(result, 49);
-/// # Ok::<(), netmcore_proc::Error>(())
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let temporary = tempfile::tempdir()?;
+/// # let directory = temporary.path();
+/// let mut master = Master::builder(directory);
+/// let square = master.def_process(|k: u64| k.checked_mul(k).expect("too large"));
+/// assert_eq!(master.run(&square, &7)?, 49);
+///
+/// // One run follows the other; the first process's failure is the run's.
+/// let mut master = Master::builder(directory);
+/// let square = master.def_process(|k: u64| k.checked_mul(k).expect("too large"));
+/// let error = master.run(&square, &u64::MAX).unwrap_err();
+/// assert!(matches!(error, Error::FirstProcess(JoinError::Panicked { .. })));
+/// # Ok(())
+/// # }
 /// ```
 ///
 /// The process that calls [`run`](Master::run) becomes the master and never computes; every worker is
@@ -464,6 +473,21 @@ impl Master {
     /// Declares a process whose function comes later ([`define`](Master::define)), so that functions
     /// can refer to themselves and to each other.
     ///
+    /// ```rust,standalone_crate
+    /// # use netmcore_proc::Master;
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let directory = tempfile::tempdir()?;
+    /// let mut master = Master::builder(&directory);
+    /// let depth = master.declare::<u32, u32>();
+    /// master.define(depth, move |levels| match levels {
+    ///     0 => 0,
+    ///     levels => 1 + depth.start(&(levels - 1)).unwrap().join().unwrap(),
+    /// });
+    /// assert_eq!(master.run(&depth, &5)?, 5);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Panics
     /// After 4096 definitions.
     pub fn declare<A, R>(&mut self) -> Process<A, R> {
@@ -529,6 +553,21 @@ impl Master {
 
     /// As [`startup`](Master::startup); `extract_result` is called in the master when all workers are
     /// gone, and may take results (`join_nowait`) and use resources, which are deleted afterwards.
+    ///
+    /// ```rust,standalone_crate
+    /// # use netmcore_proc::Master;
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let directory = tempfile::tempdir()?;
+    /// let mut master = Master::builder(&directory);
+    /// let square = master.def_process(|k: u64| k * k);
+    /// let result = master.run_with(
+    ///     || square.fork_point().start(&7),
+    ///     |first| square.join_point().join_nowait(first),
+    /// )?;
+    /// assert_eq!(result?, Some(49));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As for [`startup`](Master::startup).

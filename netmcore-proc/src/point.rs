@@ -102,6 +102,26 @@ macro_rules! plain_handle {
 /// A defined process: a function from `A` to `R` that workers run.
 ///
 /// It may be copied, captured by other definitions, and sent to any process of the program.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{JoinError, Master, StartOptions};
+/// use std::time::Duration;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let nap = master.def_process(|ms: u64| std::thread::sleep(Duration::from_millis(ms)));
+/// let first = master.def_process(move |()| {
+///     nap.start(&1).unwrap().join().unwrap();
+///
+///     let limits = StartOptions::new().time_limit(Duration::from_millis(20));
+///     let outcome = nap.start_with(&3_600_000, limits).unwrap().join();
+///     assert!(matches!(outcome, Err(JoinError::LimitExceeded { .. })));
+/// });
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "def_process")]
 pub struct Process<A, R> {
     pub(crate) key: PointKey,
@@ -116,6 +136,31 @@ pub struct ForkPoint<A> {
 }
 
 /// Waits for the results of processes of one kind.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{JoinError, Master};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let square = master.def_process(|k: u64| k * k);
+/// let double = master.def_process(|k: u64| 2 * k);
+/// let first = master.def_process(move |()| {
+///     let process = square.fork_point().start(&7).unwrap();
+///     assert!(matches!(
+///         double.join_point().join(process),
+///         Err(JoinError::WrongJoinPoint { .. })
+///     ));
+///     assert_eq!(square.join_point().join(process).unwrap(), 49);
+///
+///     // Released: no process can be started by it any more, anywhere.
+///     square.fork_point().release().unwrap();
+///     assert!(square.start(&8).is_err());
+/// });
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "join_point")]
 pub struct JoinPoint<R> {
     key: PointKey,
@@ -317,6 +362,31 @@ struct RunningKey {
 ///
 /// It may be copied and sent to any process of the program; whoever joins first gets the result.
 /// Dropping it does nothing to the process.
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{JoinError, Master, Running, spawn};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(|()| {
+///     let sum = spawn(|numbers: Vec<u64>| numbers.iter().sum::<u64>(), &vec![1, 2, 3]).unwrap();
+///
+///     // Another process may join in our place; then we cannot.
+///     let joiner = spawn(|sum: Running<u64>| sum.join().unwrap(), &sum).unwrap();
+///     assert_eq!(joiner.join().unwrap(), 6);
+///     assert!(matches!(sum.join(), Err(JoinError::AlreadyJoined { .. })));
+///
+///     let idle = spawn(|()| loop { std::thread::park() }, &()).unwrap();
+///     assert!(matches!(idle.join_nowait(), Ok(None))); // not yet
+///     idle.kill().unwrap();
+///     let outcome: Result<(), _> = idle.join();
+///     assert!(matches!(outcome, Err(JoinError::Killed { signal: 9, .. })));
+/// });
+/// master.run(&first, &())?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Running<R> {
     key: RunningKey,
     types: PhantomData<fn() -> R>,
@@ -576,6 +646,27 @@ enum Wait {
 /// Waits until one of `running` has ended, takes its result, and says which one it was.
 ///
 /// Those that somebody else has joined count as ended, with [`JoinError::AlreadyJoined`].
+///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Master, join_any, spawn};
+/// use std::time::Duration;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(|()| {
+///     let nap = |ms: u64| std::thread::sleep(Duration::from_millis(ms));
+///     let mut running: Vec<_> = [3_600_000, 1].iter().map(|ms| spawn(nap, ms).unwrap()).collect();
+///     let (position, outcome) = join_any(&running);
+///     outcome.unwrap();
+///     running.swap_remove(position); // for the next round: it has been joined
+///     running.remove(0).kill().unwrap();
+///     position
+/// });
+/// assert_eq!(master.run(&first, &())?, 1);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Panics
 /// If `running` is empty: the wait could never end.

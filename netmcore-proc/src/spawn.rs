@@ -30,6 +30,26 @@ type EntryFn = fn(&Call<'_>) -> Result<Option<Block>, Failure>;
 /// `f` is a function or a closure without captures (the compiler refuses others); the rest is as in
 /// [`Process::start`](crate::Process::start).
 ///
+/// ```rust,standalone_crate
+/// use netmcore_proc::{Master, spawn};
+///
+/// fn fibonacci(n: u32) -> u64 {
+///     if n < 2 {
+///         return n.into();
+///     }
+///     let smaller = spawn(fibonacci, &(n - 2)).unwrap(); // runs beside this one
+///     spawn(fibonacci, &(n - 1)).unwrap().join().unwrap() + smaller.join().unwrap()
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// let mut master = Master::builder(&directory);
+/// let first = master.def_process(fibonacci);
+/// assert_eq!(master.run(&first, &6)?, 8);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// As for [`Process::start`](crate::Process::start), and [`Error::NotAFunctionOfThisProgram`] if `f`
 /// lies in code that was loaded after the run began.
