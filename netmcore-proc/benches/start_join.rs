@@ -9,6 +9,7 @@
 
 use std::hint::black_box;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 use netmcore_proc::{Master, Process};
@@ -35,6 +36,19 @@ fn measure(nothing: Process<(), ()>, echo: Process<Vec<u8>, Vec<u8>>) {
     let mut one = criterion.benchmark_group("one");
     one.bench_function("start_join", |bencher| {
         bencher.iter(|| start_join(nothing));
+    });
+    one.bench_function("start_join_with_a_ready_worker", |bencher| {
+        bencher.iter_custom(|rounds| {
+            let mut total = Duration::ZERO;
+            for _ in 0..rounds {
+                // sleep: the master forks the next ready worker meanwhile; not in the figure.
+                std::thread::sleep(Duration::from_millis(2));
+                let begin = Instant::now();
+                start_join(nothing);
+                total += begin.elapsed();
+            }
+            total
+        });
     });
     one.bench_function("floor_fork_exit_wait", |bencher| {
         bencher.iter(fork_exit_wait)
