@@ -125,6 +125,7 @@ fn sleeping_threads_are_counted_when_all_sleep() {
     assert_eq!(process::sleeping_threads(this), Ok(None), "it asks");
     let (ours, childs) = line();
     let child = Child::fork(|| {
+        // sleep: the thread is to be asleep until the process is killed.
         let second = std::thread::spawn(|| std::thread::sleep(std::time::Duration::from_secs(100)));
         hear(&childs);
         drop(second);

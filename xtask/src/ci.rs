@@ -135,15 +135,11 @@ fn clippy(context: &mut Context) -> Result<(), String> {
 }
 
 fn tests(context: &mut Context) -> Result<(), String> {
+    // The tests of the examples run them as programs. (`cargo test --examples` would build them as tests.)
+    let mut examples = cargo(&context.workspace.root);
+    check(examples.args(["build", "--workspace", "--examples"]))?;
     let mut command = cargo(&context.workspace.root);
-    command.args([
-        "test",
-        "--workspace",
-        "--lib",
-        "--bins",
-        "--tests",
-        "--examples",
-    ]);
+    command.args(["test", "--workspace", "--lib", "--bins", "--tests"]);
     command.arg("--no-fail-fast");
     count_tests(&mut command, &mut context.counts)
 }
