@@ -42,8 +42,10 @@ extern "C" fn note_cause(errno: i32) {
         return;
     }
     // The panic that was noted has been caught: it is not what the process dies of.
-    runtime.control.note_panic(process, None);
+    runtime.control.forget_panic(process);
     if MEMORY_LIMITED.load(Relaxed) && errno == Errno::ENOMEM.raw() {
-        runtime.control.note_outcome(process, Outcome::MemoryLimit);
+        runtime
+            .control
+            .note_outcome(process, context::me(), Outcome::MemoryLimit);
     }
 }

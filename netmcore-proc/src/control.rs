@@ -307,7 +307,7 @@ struct WorkerEntry {
     unix_pid: AtomicU32,
     /// The process it serves; 0 while it is parked.
     process: AtomicU64,
-    /// Calls under way in which a slot has this worker as its actor.
+    /// Calls under way in which a slot has this worker as its actor, and [`SIGNED_OFF`].
     in_flight: AtomicU32,
     /// `waits begun:16 | threads now in waits without deadline:16`.
     waiting: AtomicU32,
@@ -315,6 +315,8 @@ struct WorkerEntry {
     waits_for: AtomicU64,
     /// It is about to exit and has nothing left to settle.
     in_order: AtomicU32,
+    /// Why the master kills it: an [`Outcome`].
+    kill_cause: AtomicU64,
 }
 
 #[repr(C, align(128))]
@@ -339,6 +341,9 @@ struct Slot {
     panic: BlockCell,
     outcome: AtomicU64,
 }
+
+/// In [`WorkerEntry::in_flight`]: the worker is exiting.
+const SIGNED_OFF: u32 = 1 << 31;
 
 /// In [`Slot::flags`]: blocks that no cell names may still carry the process's tag.
 const SWEEP: u32 = 1;
@@ -612,7 +617,7 @@ impl Control {
     // ---- the run ----------------------------------------------------------------------------
 
     pub(crate) fn phase(&self) -> Phase {
-        match self.header().phase.load(Acquire) {
+        match self.header().phase.load(SeqCst) {
             0 => Phase::Running,
             1 => Phase::ShuttingDown,
             _ => Phase::Over,
@@ -624,7 +629,7 @@ impl Control {
         self.header().phase.store(phase as u32, SeqCst);
         for index in 0..self.slot_count {
             let slot = self.slot_at(index);
-            let word = Word(slot.word.load(Relaxed));
+            let word = Word(slot.word.load(SeqCst));
             if word.has(Word::SLEEPERS) {
                 slot.word.fetch_xor(Word::KICKED, SeqCst);
                 futex::wake_all(self.futex_of(slot));
@@ -670,35 +675,42 @@ impl Control {
     /// Takes a free slot for a new process: `Free → Preparing(asker)`.
     pub(crate) fn prepare(&self, asker: WorkerIndex) -> Result<Preparing<'_>, Error> {
         let header = self.header();
-        let next = header.next_process.0.load(SeqCst);
-        for id in next..next + self.slot_count as u64 {
-            let process = ProcessId::from_raw(id);
-            let (slot, generation) = self.key(process);
-            let word = Word(slot.word.load(Acquire));
-            if word.state() == SlotState::Free && word.generation() < generation {
-                let claimed = Word::new(generation, SlotState::Preparing, asker);
-                if slot
-                    .word
-                    .compare_exchange(word.0, claimed.0, SeqCst, Relaxed)
-                    .is_ok()
-                {
-                    header.next_process.0.fetch_max(id + 1, SeqCst);
-                    crash_point!("proc.control.prepare");
-                    slot.joiner.store(u64::from(generation) << 32, Relaxed);
-                    for cell in [&slot.argument, &slot.result, &slot.panic] {
-                        cell.store(None);
+        let mut next = header.next_process.0.load(SeqCst);
+        loop {
+            for id in next..next + self.slot_count as u64 {
+                let process = ProcessId::from_raw(id);
+                let (slot, generation) = self.key(process);
+                let word = Word(slot.word.load(Acquire));
+                if word.state() == SlotState::Free && word.generation() < generation {
+                    let claimed = Word::new(generation, SlotState::Preparing, asker);
+                    if slot
+                        .word
+                        .compare_exchange(word.0, claimed.0, SeqCst, Relaxed)
+                        .is_ok()
+                    {
+                        header.next_process.0.fetch_max(id + 1, SeqCst);
+                        crash_point!("proc.control.prepare");
+                        slot.joiner.store(u64::from(generation) << 32, Relaxed);
+                        for cell in [&slot.argument, &slot.result, &slot.panic] {
+                            cell.store(None);
+                        }
+                        slot.outcome.store(0, Relaxed);
+                        slot.flags.store(0, Relaxed);
+                        slot.started_ns.store(0, Relaxed);
+                        return Ok(Preparing {
+                            control: self,
+                            slot,
+                            process,
+                            asker,
+                            queued: false,
+                        });
                     }
-                    slot.outcome.store(0, Relaxed);
-                    slot.flags.store(0, Relaxed);
-                    slot.started_ns.store(0, Relaxed);
-                    return Ok(Preparing {
-                        control: self,
-                        slot,
-                        process,
-                        asker,
-                        queued: false,
-                    });
                 }
+            }
+            // While others start processes, slots that are free may have been passed over.
+            match header.next_process.0.load(SeqCst) {
+                same if same == next => break,
+                later => next = later,
             }
         }
         Err(Error::ProcessTableFull {
@@ -913,20 +925,43 @@ impl Control {
         }
     }
 
-    /// Notes what a panic left to say, in case the process does not survive it.
+    /// Notes what a panic left to say, in case the process does not survive it. Whoever calls this or
+    /// [`Control::drop_panic_note`] is the only one who does.
     pub(crate) fn note_panic(&self, process: ProcessId, block: Option<Block>) {
         let (slot, _) = self.key(process);
+        let old = slot.panic.load();
         slot.panic.store(block);
+        if let Some(old) = old {
+            self.free_block(old, process);
+        }
     }
-    pub(crate) fn panic_note(&self, process: ProcessId) -> Option<Block> {
-        self.key(process).0.panic.load()
+    /// The process does not die of the panic that was noted. Async-signal-safe: the block is freed with
+    /// all others when the process has died of what it does die of.
+    pub(crate) fn forget_panic(&self, process: ProcessId) {
+        self.key(process).0.panic.store(None);
     }
-    /// Notes a cause that the exit status will not tell. Async-signal-safe.
-    pub(crate) fn note_outcome(&self, process: ProcessId, outcome: Outcome) {
-        self.key(process)
-            .0
-            .outcome
-            .store(outcome.to_word(), Release);
+    /// Notes a cause that the exit status will not tell, if `worker` still runs the process.
+    /// Async-signal-safe.
+    pub(crate) fn note_outcome(&self, process: ProcessId, worker: WorkerIndex, outcome: Outcome) {
+        if self.worker_of(process) == Some(worker) {
+            let (slot, _) = self.key(process);
+            slot.outcome.store(outcome.to_word(), Release);
+        }
+    }
+    /// Notes why the master is about to kill a worker.
+    pub(crate) fn note_kill(&self, worker: WorkerIndex, cause: Outcome) {
+        self.worker(worker)
+            .kill_cause
+            .store(cause.to_word(), Relaxed);
+    }
+
+    /// Frees all that the process has, except its slot: it has failed, and only that is left to say.
+    pub(crate) fn drop_blocks(&self, process: ProcessId) {
+        let (slot, _) = self.key(process);
+        for cell in [&slot.argument, &slot.result, &slot.panic] {
+            cell.store(None);
+        }
+        self.heap.free_all(tag_of(process));
     }
 
     /// Ends the process that `worker` serves: `Running → Done` with its result, or `→ Failed` with
@@ -1300,6 +1335,7 @@ impl Control {
         ] {
             counter.store(0, Relaxed);
         }
+        entry.kill_cause.store(0, Relaxed);
         self.header().highest_worker.fetch_max(worker.0, SeqCst);
         entry.generation.load(Relaxed)
     }
@@ -1321,9 +1357,12 @@ impl Control {
     /// The last store of a worker that leaves in order.
     pub(crate) fn sign_off(&self, worker: WorkerIndex) {
         let entry = self.worker(worker);
-        entry
-            .in_order
-            .store(u32::from(entry.in_flight.load(SeqCst) == 0), SeqCst);
+        // From here on no other thread of it begins anything that would have to be settled.
+        let is_quiet = entry
+            .in_flight
+            .compare_exchange(0, SIGNED_OFF, SeqCst, SeqCst)
+            .is_ok();
+        entry.in_order.store(u32::from(is_quiet), SeqCst);
     }
 
     /// Settles every slot whose actor or joiner was the dead `worker` (module docs, table), frees its
@@ -1340,6 +1379,8 @@ impl Control {
             for index in 0..self.slot_count {
                 running = self.settle_slot(index, worker).or(running);
             }
+            // It may have been told of something queued, or been about to tell.
+            self.wake_parked();
         } else if let Some(process) = settled.process {
             // The wake of its joiners may have been its last act, or may not have been reached.
             let (slot, generation) = self.key(process);
@@ -1390,7 +1431,6 @@ impl Control {
             SlotState::Queued => {
                 // Its asker may have died before it told anybody.
                 self.lower_cursor(process);
-                self.wake_parked();
                 None
             }
             SlotState::Done | SlotState::Failed => {
@@ -1411,7 +1451,19 @@ impl Control {
     /// `Running(dead) → Failed`: keeps what the worker noted of the cause, frees all other blocks.
     fn fail_running(&self, process: ProcessId, dead: WorkerIndex, status: ExitStatus) {
         let (slot, generation) = self.key(process);
-        let noted = Outcome::from_word(slot.outcome.load(Acquire));
+        let entry = self.worker(dead);
+        let killed = matches!(
+            status,
+            ExitStatus::Signaled {
+                signal: SIGKILL,
+                ..
+            }
+        );
+        let noted = match Outcome::from_word(entry.kill_cause.load(Relaxed)) {
+            Outcome::None => Outcome::from_word(slot.outcome.load(Acquire)),
+            cause if killed => cause,
+            _ => Outcome::None,
+        };
         let panic = slot.panic.load();
         let aborted = matches!(
             status,
@@ -1421,7 +1473,9 @@ impl Control {
             }
         );
         let (outcome, keep) = match (noted, panic) {
-            (Outcome::MemoryLimit | Outcome::TimeLimit, _) => (noted, None),
+            (Outcome::MemoryLimit | Outcome::TimeLimit | Outcome::NotForked { .. }, _) => {
+                (noted, None)
+            }
             (_, Some(block)) if aborted => (Outcome::Reported, Some(block)),
             _ => (Outcome::from_status(status), None),
         };
@@ -1536,7 +1590,12 @@ impl Control {
     /// A call by `worker` in which a slot may have it as its actor.
     pub(crate) fn enter(&self, worker: WorkerIndex) -> InFlight<'_> {
         let count = &self.worker(worker).in_flight;
-        count.fetch_add(1, SeqCst);
+        if count.fetch_add(1, SeqCst) & SIGNED_OFF != 0 {
+            // The process is exiting: this thread has nothing more to do.
+            loop {
+                std::thread::park();
+            }
+        }
         InFlight { count }
     }
 
@@ -1546,6 +1605,7 @@ impl Control {
 }
 
 const SIGABRT: i32 = 6;
+const SIGKILL: i32 = 9;
 
 /// Blocks of a process carry its id.
 fn tag_of(process: ProcessId) -> NonZeroU64 {
@@ -2115,7 +2175,7 @@ mod tests {
         let Fixture { control, .. } = &fixture(1);
         let process = queue(control, order());
         run(control);
-        control.note_outcome(process, Outcome::TimeLimit);
+        control.note_kill(SERVER, Outcome::TimeLimit);
         control.settle(SERVER, KILLED);
         let joining = control.claim_result(process, JOINER).unwrap();
         assert_eq!(joining.result(), (Outcome::TimeLimit, None));

@@ -755,6 +755,13 @@ pub(crate) fn start<A: Serialize + ?Sized>(
         })?;
     preparing.set_argument(block);
     let (process, must_ring) = preparing.queue(order);
+    if let Entry::Defined(index) = order.entry
+        && !order.detached
+        && control.is_join_point_released(index)
+    {
+        // Released since the order was made: whoever released it may have passed over the slot.
+        let _ = control.detach(process, me);
+    }
     if must_ring {
         runtime.ring()?;
     }

@@ -17,7 +17,7 @@
 use std::any::type_name;
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -32,7 +32,7 @@ use crate::abort;
 use crate::backtrace::user_code;
 use crate::codec::{self, Codec, EncodeError};
 use crate::context::{self, Runtime};
-use crate::control::{Entry, Job, Parked, WorkerIndex};
+use crate::control::{Control, Entry, Job, Parked, WorkerIndex};
 use crate::error::{Error, Failure};
 use crate::id::ProcessId;
 use crate::manage;
@@ -203,8 +203,11 @@ fn serve(runtime: &'static Runtime, index: WorkerIndex, job: Job) {
         let noted = LAST_PANIC.take();
         Err(noted.unwrap_or_else(|| Failure::caught(&*payload)))
     });
-    control.note_panic(process, None);
+    close_panic_notes(control, process);
     crash_point!("proc.worker.ran");
+    if outcome.is_err() {
+        control.drop_blocks(process);
+    }
     let (succeeded, block) = match outcome {
         Ok(block) => (true, block),
         Err(failure) => (
@@ -289,12 +292,39 @@ fn note_panic(info: &std::panic::PanicHookInfo<'_>) {
     let (Some(runtime), Some(process)) = (context::runtime(), context::self_process()) else {
         return;
     };
-    let failure = Failure::panicked(info);
-    // Nothing more can be done here if there is no memory for the note.
-    let block = encode_block(runtime, Codec::Bincode, &failure, process, Leg::Result).ok();
-    if let Some(old) = runtime.control.panic_note(process) {
-        runtime.control.free_block(old, process);
+    /// What the standard library says when a panic may not go on; the panic itself says more.
+    const AFTERMATHS: [&str; 2] = [
+        "panic in a destructor during cleanup",
+        "panic in a function that cannot unwind",
+    ];
+    let is_aftermath = info
+        .payload()
+        .downcast_ref::<&str>()
+        .is_some_and(|text| AFTERMATHS.contains(text));
+    if is_aftermath && LAST_PANIC.with_borrow(Option::is_some) {
+        return;
     }
-    runtime.control.note_panic(process, block);
+    let failure = Failure::panicked(info);
+    let _in_flight = runtime.control.enter(context::me());
+    let is_open = PANIC_NOTES_OPEN
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    if *is_open {
+        // Nothing more can be done here if there is no memory for the note.
+        let block = encode_block(runtime, Codec::Bincode, &failure, process, Leg::Result).ok();
+        runtime.control.note_panic(process, block);
+    }
     LAST_PANIC.set(Some(failure));
+}
+
+/// Panics of any thread are noted in the process's slot while it holds true; by one thread at a time.
+static PANIC_NOTES_OPEN: Mutex<bool> = Mutex::new(true);
+
+/// The process has survived its panics, and its slot will soon be another's.
+fn close_panic_notes(control: &Control, process: ProcessId) {
+    let mut is_open = PANIC_NOTES_OPEN
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    *is_open = false;
+    control.note_panic(process, None);
 }

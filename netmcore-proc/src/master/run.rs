@@ -15,7 +15,7 @@
 //! If the master dies, its workers are killed by the kernel and the next start cleans up by the record.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -310,10 +310,11 @@ impl Run {
         for action in actions {
             self.perform(action, objects, events);
         }
-        if state.is_over() || !events.is_empty() {
+        if state.is_over() {
             return;
         }
-        let deadline = match has_acted {
+        // However much there is to do, a look at what has happened meanwhile comes between.
+        let deadline = match has_acted || !events.is_empty() {
             true => Some(Deadline::after(Duration::ZERO)),
             false => [
                 state.wake_at().map(Deadline::from_nanos),
@@ -793,7 +794,7 @@ impl Run {
                 control.open_place(place);
                 let image = control.image();
                 let birth = Birth::Ready { place, image };
-                match self.fork(worker, birth) {
+                match self.fork(worker, birth, events) {
                     Ok(()) => events.push_back(Event::Born {
                         worker,
                         place: Some(place),
@@ -806,6 +807,7 @@ impl Run {
                     }
                 }
             }
+            Action::ClosePlace { place } => drop(control.close_place(place)),
             Action::ForkForOldest { worker } => self.fork_for_oldest(worker, events),
             Action::Settle { worker, status } => {
                 crash_point!("proc.run.reaped");
@@ -824,7 +826,7 @@ impl Run {
                     KillCause::Time => Outcome::TimeLimit,
                 };
                 if control.worker_of(process) == Some(worker) {
-                    control.note_outcome(process, outcome);
+                    control.note_kill(worker, outcome);
                     self.kill(worker);
                 }
             }
@@ -878,7 +880,7 @@ impl Run {
             return;
         };
         let limits = self.limits_of(process);
-        match self.fork(worker, Birth::For(process)) {
+        match self.fork(worker, Birth::For(process), events) {
             Ok(()) => {
                 events.push_back(Event::Born {
                     worker,
@@ -896,7 +898,13 @@ impl Run {
     }
 
     /// Forks a worker and watches it. After an error (an errno) there is none.
-    fn fork(&mut self, worker: WorkerIndex, birth: Birth) -> std::result::Result<(), i32> {
+    fn fork(
+        &mut self,
+        worker: WorkerIndex,
+        birth: Birth,
+        events: &mut VecDeque<Event>,
+    ) -> std::result::Result<(), i32> {
+        let reserved = self.reserve_descriptor()?;
         let pid = match birth::fork_worker(self.runtime, worker, birth, &self.inheritance) {
             Ok(pid) => pid,
             Err(BirthError::Errno(errno)) => return Err(errno),
@@ -906,6 +914,7 @@ impl Run {
             }
         };
         crash_point!("proc.run.forked");
+        drop(reserved);
         self.runtime.control.set_unix_pid(worker, pid.get() as u32);
         match self.watch(worker, pid) {
             Ok(pidfd) => {
@@ -914,11 +923,26 @@ impl Run {
                 Ok(())
             }
             Err(errno) => {
-                // A worker that cannot be watched must not live: no descriptor was left for it.
-                let _ = process::kill_and_reap(pid);
+                // A worker that cannot be watched must not live. It may have begun already.
+                let control = &self.runtime.control;
+                control.note_kill(worker, Outcome::NotForked { errno });
+                if let Ok(status) = process::kill_and_reap(pid)
+                    && let Some(process) = control.settle(worker, status).process
+                    && matches!(birth, Birth::Ready { .. })
+                {
+                    events.push_back(Event::FailedToStart { process });
+                }
                 Err(errno)
             }
         }
+    }
+
+    /// Takes a descriptor so that there will be one to watch a worker by, before there is a worker. Two are
+    /// needed for a moment, as by [`Run::watch`].
+    fn reserve_descriptor(&self) -> std::result::Result<OwnedFd, i32> {
+        let any = self.doorbell.as_fd().try_clone_to_owned();
+        let any = any.map_err(|error| error.raw_os_error().unwrap_or_default())?;
+        process::move_above(any, self.base).map_err(|error| error.errno.raw())
     }
 
     fn watch(&self, worker: WorkerIndex, pid: Pid) -> std::result::Result<PidFd, i32> {
@@ -971,7 +995,12 @@ impl Run {
     }
 
     pub(crate) fn enter_over(&self) {
-        self.runtime.control.set_phase(Phase::Over);
+        let control = &self.runtime.control;
+        // An asker that was in the middle of a start when the shutdown began may have queued it since.
+        for process in control.queued() {
+            control.fail_queued(process, Outcome::ShutDown);
+        }
+        control.set_phase(Phase::Over);
     }
 }
 

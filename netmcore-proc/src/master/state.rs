@@ -111,6 +111,8 @@ pub(crate) enum Event {
 pub(crate) enum Action {
     /// Fork a ready worker for this parking place.
     ForkReady { worker: WorkerIndex, place: u32 },
+    /// Nobody is parked there any more, whatever it looks like.
+    ClosePlace { place: u32 },
     /// Take the oldest queued process and fork a worker for it.
     ForkForOldest { worker: WorkerIndex },
     /// Settle the slots of a dead worker.
@@ -502,6 +504,7 @@ impl State {
         }) = self.workers.remove(&worker)
         {
             self.places.remove(&place);
+            actions.push(Action::ClosePlace { place });
         }
         self.spare.insert(worker);
         if let Some(process) = settled.process {
