@@ -136,12 +136,26 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
 /// Waits until all threads of the process sleep.
 pub fn until_asleep(pid: Pid) {
     until("a process sleeps", || {
-        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
-        tasks.flatten().all(|task| {
-            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-            let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
-            state == Some(b'S')
-        })
+        process::sleeping_threads(pid)
+            .expect("it lives")
+            .is_some_and(|count| count > 0)
+    });
+}
+
+/// Waits until all other threads of this process sleep, of which there is one at least.
+pub fn until_others_sleep() {
+    until("the other threads sleep", || {
+        let this = std::fs::read_link("/proc/thread-self").expect("/proc");
+        let tasks = std::fs::read_dir("/proc/self/task").expect("/proc");
+        let others: Vec<bool> = tasks
+            .flatten()
+            .filter(|task| Some(&*task.file_name()) != this.file_name())
+            .map(|task| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                stat.contains(") S ")
+            })
+            .collect();
+        !others.is_empty() && others.iter().all(|&sleeps| sleeps)
     });
 }
 
