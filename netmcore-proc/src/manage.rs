@@ -3,8 +3,8 @@
 //!
 //! **Protocol.** A worker asks the master over a socket that it connects on first use; the master asks
 //! itself. Each `create_*`, `manage_*` and `get_*` adds one use for the calling process; releasing the
-//! guard takes one; the end of the process takes all. The object is recorded before it exists and
-//! unlinked before the record is dropped, both by the master.
+//! guard takes one; the end of the process takes all. The object is recorded by the master before the
+//! asker creates it, and unlinked before the record is dropped, both by the master.
 //!
 //! **A resource in a message** is registered with the master while the message is encoded, so that the
 //! object lives until the receiver holds it, whatever becomes of the sender.
@@ -14,20 +14,22 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use netmcore_sem::SemContainer;
-use netmcore_sys::ObjectName;
+use netmcore_sem::{NamedSemaphore, SemContainer};
+use netmcore_shm::ShmObject;
 use netmcore_sys::crash_point;
 use netmcore_sys::process::{self, Limit, Pid};
 use netmcore_sys::socket;
+use netmcore_sys::{NoRecord, ObjectName};
 
 use crate::context::{self, Role, Runtime};
 use crate::error::{Error, Result};
@@ -35,7 +37,7 @@ use crate::id::{ProcessId, ResourceId};
 use crate::master;
 use crate::own_fd::OwnFd;
 use crate::resource::{Leg, ResourceRepr, ResourceType, managed_path};
-use crate::wire::{Creation, FrameReader, RefusedReason, Reply, Request, WireError, frame};
+use crate::wire::{FrameReader, RefusedReason, Reply, Request, WireError, frame};
 
 /// One use of a resource by this process. Dropping it gives the use up.
 ///
@@ -208,10 +210,10 @@ pub(crate) fn sending<T>(encode: impl FnOnce() -> T) -> (T, Vec<ResourceId>) {
 
 /// Runs a decoder in which resources may come.
 pub(crate) fn receiving<T>(decode: impl FnOnce() -> T) -> T {
-    IS_RECEIVING.set(true);
-    HAS_RECEIVED.set(false);
+    // A value may join a process while it is decoded.
+    let outer = IS_RECEIVING.replace(true);
     let result = decode();
-    IS_RECEIVING.set(false);
+    IS_RECEIVING.set(outer);
     result
 }
 
@@ -357,12 +359,25 @@ fn manage(doing: &str, repr: ResourceRepr) -> Result<Resource> {
     }
 }
 
-fn create(doing: &str, creation: Creation) -> Result<Resource> {
-    HAS_USES.store(true, Relaxed);
-    match ask(doing, Request::Create(creation))? {
-        Reply::Created { id, repr } => Ok(Resource::new(id, repr)),
-        _ => Err(unexpected(doing)),
-    }
+/// Permission bits of what is created.
+const MODE: u32 = 0o600;
+
+/// Has a new name recorded, then creates the object here: the master serves others while the kernel
+/// clears the memory. After an error the guard gives both up.
+fn create(doing: &str, repr: ResourceRepr, make: impl FnOnce() -> Result<()>) -> Result<Resource> {
+    let resource = manage(doing, repr)?;
+    crash_point!("proc.manage.recorded");
+    make()?;
+    crash_point!("proc.manage.created");
+    Ok(resource)
+}
+
+/// The object is in the record already.
+fn make_shm(name: &ObjectName, len_bytes: u64) -> Result<()> {
+    let doing = || format!("creating the shared memory object {name}");
+    ShmObject::create(name, len_bytes, MODE, &NoRecord)
+        .map(drop)
+        .map_err(Error::memory(doing()))
 }
 
 fn get(doing: &str, id: ResourceId, expected: Option<ResourceType>) -> Result<Resource> {
@@ -445,8 +460,21 @@ pub fn get_file(id: ResourceId) -> Result<Resource> {
 /// # Errors
 /// [`Error::InvalidPath`] if the file cannot be created.
 pub fn create_file(prefix: impl AsRef<Path>) -> Result<Resource> {
-    let prefix = absolute(prefix.as_ref())?.as_os_str().as_bytes().to_vec();
-    create("creating a temporary file", Creation::File { prefix })
+    let mut path = absolute(prefix.as_ref())?.into_os_string();
+    path.push(format!("{:016x}", process::random_u64()));
+    let path = PathBuf::from(path);
+    let repr = ResourceRepr::File(path.clone());
+    create("creating a temporary file", repr, || {
+        let created = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(MODE)
+            .open(&path);
+        created.map(drop).map_err(|error| Error::InvalidPath {
+            path: path.clone(),
+            why: error.to_string(),
+        })
+    })
 }
 
 /// Hands a shared memory object to the manager; see [`manage_file`].
@@ -501,11 +529,11 @@ pub fn get_shm(id: ResourceId) -> Result<Resource> {
 /// # Errors
 /// Fails without leaving anything: a bad prefix, no space.
 pub fn create_shm(prefix: impl AsRef<[u8]>, len_bytes: u64) -> Result<Resource> {
-    let prefix = prefix.as_ref().to_vec();
-    create(
-        "creating a shared memory object",
-        Creation::Shm { prefix, len_bytes },
-    )
+    let name = ObjectName::unique(prefix.as_ref())?;
+    let repr = ResourceRepr::PosixShm(name.clone());
+    create("creating a shared memory object", repr, || {
+        make_shm(&name, len_bytes)
+    })
 }
 
 /// Hands a shared memory object together with its semaphore container to the manager.
@@ -559,10 +587,17 @@ pub fn get_sem_container(id: ResourceId) -> Result<Resource> {
 /// # Errors
 /// As for [`create_shm`].
 pub fn create_shm_sc(prefix: impl AsRef<[u8]>, len_bytes: u64) -> Result<Resource> {
-    let prefix = prefix.as_ref().to_vec();
+    let name = ObjectName::unique(prefix.as_ref())?;
+    // A container is its prefix: it exists as soon as it is recorded. This checks it.
+    SemContainer::open(&name)?;
+    let repr = ResourceRepr::PosixShmSc {
+        name: name.clone(),
+        prefix: name.clone(),
+    };
     create(
-        "creating a shared memory object",
-        Creation::ShmSc { prefix, len_bytes },
+        "creating a shared memory object with its semaphore container",
+        repr,
+        || make_shm(&name, len_bytes),
     )
 }
 
@@ -596,11 +631,13 @@ pub fn get_sem(id: ResourceId) -> Result<Resource> {
 /// # Errors
 /// Fails without leaving anything.
 pub fn create_sem(prefix: impl AsRef<[u8]>, initial: u32) -> Result<Resource> {
-    let prefix = prefix.as_ref().to_vec();
-    create(
-        "creating a named semaphore",
-        Creation::Sem { prefix, initial },
-    )
+    let name = ObjectName::unique(prefix.as_ref())?;
+    name.for_semaphore()?;
+    let repr = ResourceRepr::PosixSem(name.clone());
+    create("creating a named semaphore", repr, || {
+        NamedSemaphore::create(&name, initial, MODE, &NoRecord)?;
+        Ok(())
+    })
 }
 
 /// Becomes a user of a resource of any type.

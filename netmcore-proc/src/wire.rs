@@ -84,33 +84,12 @@ pub(crate) enum Request {
     Resources { after: Option<ResourceId> },
 }
 
-/// What to create. The name is the prefix and something that makes it unique.
+/// What only the master can create, since it gives out the places in the arena. The name is the prefix and
+/// something that makes it unique.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Creation {
-    /// An empty file; the prefix is an absolute path.
-    File {
-        prefix: Vec<u8>,
-    },
-    Sem {
-        prefix: Vec<u8>,
-        initial: u32,
-    },
-    Shm {
-        prefix: Vec<u8>,
-        len_bytes: u64,
-    },
-    ShmSc {
-        prefix: Vec<u8>,
-        len_bytes: u64,
-    },
-    PreallocatedShm {
-        prefix: Vec<u8>,
-        len_bytes: u64,
-    },
-    PreallocatedShmSc {
-        prefix: Vec<u8>,
-        len_bytes: u64,
-    },
+    PreallocatedShm { prefix: Vec<u8>, len_bytes: u64 },
+    PreallocatedShmSc { prefix: Vec<u8>, len_bytes: u64 },
 }
 
 /// What the master answers.
@@ -683,7 +662,8 @@ mod tests {
         let mut reader = FrameReader::default();
         assert!(reader.push(&header(VERSION, 1, u32::MAX)).is_err());
         assert_eq!(reader.buffer.capacity(), 0);
-        let too_long = Request::Create(Creation::File {
+        let too_long = Request::Create(Creation::PreallocatedShm {
+            len_bytes: 0,
             prefix: vec![b'x'; BODY_LIMIT_BYTES],
         });
         assert!(matches!(frame(&too_long), Err(WireError::TooLong { .. })));
@@ -793,10 +773,9 @@ mod tests {
         prop_oneof![
             prop::option::of(process()).prop_map(|process| Request::Hello { process }),
             repr().prop_map(Request::Manage),
-            (bytes, any::<u64>()).prop_map(|(prefix, len_bytes)| Request::Create(Creation::Shm {
-                prefix,
-                len_bytes
-            })),
+            (bytes, any::<u64>()).prop_map(|(prefix, len_bytes)| Request::Create(
+                Creation::PreallocatedShm { prefix, len_bytes }
+            )),
             resource().prop_map(|id| Request::Get {
                 id,
                 expected: Some(ResourceType::File)

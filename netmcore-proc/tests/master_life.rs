@@ -1270,7 +1270,7 @@ fn debug_prints_what_the_master_does() {
     let expected = [
         "INFO: the run begins directory=".to_owned(),
         format!("DEBUG: a worker has been forked worker=1 pid={worker}"),
-        "DEBUG: a resource has been created id=".to_owned(),
+        "DEBUG: a resource is managed id=".to_owned(),
         "DEBUG: a resource is deleted id=".to_owned(),
         "DEBUG: a worker has ended worker=".to_owned(),
         "INFO: the run ends reason=".to_owned(),

@@ -218,20 +218,18 @@ fn ask_for_everything(dir: &Path) {
 }
 
 /// What every creating and deleting request passes.
-const CREATING_AND_DELETING: [&str; 16] = [
+const CREATING_AND_DELETING: [&str; 14] = [
     "pmanage.log.appended",
     "pmanage.log.unlinked",
-    "proc.run.file_recorded",
-    "proc.run.file_created",
-    "proc.run.inserted",
     "proc.run.managed",
+    "proc.manage.recorded",
+    "proc.manage.created",
     "shm.object.recorded",
     "shm.object.created",
     "shm.object.allocated",
     "sem.named.recorded",
     "sem.named.created",
     "sem.named.unlinked",
-    "sem.container.recorded",
     "sem.container.emptied",
     "sys.sem.create_unlinked",
     "proc.master.over",
@@ -290,7 +288,7 @@ fn master_killed_while_it_serves_a_worker() {
         let in_first = dir.clone();
         serving(&dir, move || ask_for_everything(&in_first));
     });
-    assert_met(&names, &["proc.run.done", "proc.run.inserted"]);
+    assert_met(&names, &["proc.run.done", "proc.run.managed"]);
 }
 
 fn master_killed_while_it_destroys_resources() {
@@ -407,7 +405,10 @@ fn asker_killed_at_each_point() {
         &[
             "proc.manage.asked",
             "proc.manage.answered",
+            "proc.manage.recorded",
+            "proc.manage.created",
             "proc.control.deliver",
+            "shm.object.created",
             "sem.named.recorded",
         ],
     );

@@ -74,6 +74,7 @@ netmcore_forktest::forktests!(
     threads_of_a_worker_make_any_call_at_once,
     object_got_while_others_release_it_is_there_or_refused,
     file_that_cannot_be_created_leaves_no_record,
+    object_larger_than_its_creator_may_write_is_refused,
     full_memory_is_told_and_leaves_nothing,
 );
 
@@ -1658,6 +1659,39 @@ fn file_that_cannot_be_created_leaves_no_record() {
     });
 }
 
+/// The largest file that a process may write is its own affair, not the master's.
+fn object_larger_than_its_creator_may_write_is_refused() {
+    let (_owner, dir) = directory();
+    run_first(&dir.clone(), move || {
+        let limited = spawn(
+            |dir: PathBuf| {
+                let limit = process::Limit {
+                    soft: Some(8192),
+                    hard: Some(8192),
+                };
+                process::set_limit(process::Resource::FileSizeBytes, limit).unwrap();
+                drop(create_shm(PREFIX, 8192).unwrap());
+                let error = create_shm(PREFIX, 8193).unwrap_err();
+                assert!(matches!(error, Error::Memory { .. }), "{error:?}");
+                assert!(recorded(&dir).is_empty());
+            },
+            &dir,
+        );
+        limited.unwrap().join().unwrap();
+        drop(create_shm(PREFIX, 8193).unwrap());
+    });
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
 const TINY: &str = "NETMCORE_TEST_IN_TINY_SHM";
 
 fn full_memory_is_told_and_leaves_nothing() {
@@ -1696,8 +1730,14 @@ fn in_tiny_shm() {
             || create_shm_sc(PREFIX, 2 << 20),
             || create_shm(PREFIX, 1 << 60),
         ] {
-            let error = create().unwrap_err().to_string();
-            assert!(error.contains("/dev/shm"), "{error}");
+            let error = create().unwrap_err();
+            assert!(error.to_string().contains("/dev/shm"), "{error}");
+            match error {
+                Error::Memory { source, .. } => {
+                    assert!(matches!(source, netmcore_shm::Error::NoSpace { .. }));
+                }
+                other => panic!("{other:?}"),
+            }
             assert_eq!(objects_in_shm(), 0);
             assert!(recorded(&dir).is_empty());
         }
@@ -1709,7 +1749,7 @@ fn in_tiny_shm() {
         );
         let error = create_shm(PREFIX, 1).unwrap_err().to_string();
         assert!(error.contains("/dev/shm"), "{error}");
-        let error = create_sem(PREFIX, 0).unwrap_err().to_string();
+        let error = with_causes(&create_sem(PREFIX, 0).unwrap_err());
         assert!(error.contains("space"), "{error}");
         assert_eq!(objects_in_shm(), 1);
         assert_eq!(recorded(&dir).len(), 1);
@@ -1721,7 +1761,7 @@ fn in_tiny_shm() {
         let error = loop {
             match create_sem(PREFIX, 0) {
                 Ok(resource) => held.push(resource),
-                Err(error) => break error.to_string(),
+                Err(error) => break with_causes(&error),
             }
             assert!(held.len() < 32, "the mount has 16 inodes");
         };

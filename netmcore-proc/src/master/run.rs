@@ -20,15 +20,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use netmcore_pmanage::Log;
-use netmcore_sem::{NamedSemaphore, SemContainer};
-use netmcore_shm::ShmObject;
+use netmcore_sem::SemContainer;
 use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use netmcore_sys::poll::{Epoll, EventFd, Interest};
 use netmcore_sys::process::{self, Pid, PidFd};
 use netmcore_sys::signal::{self, SignalFd};
 use netmcore_sys::socket::{self, Listener, Received, Sent};
-use netmcore_sys::{NoRecord, ObjectName, Recorder};
+use netmcore_sys::{NoRecord, Recorder};
 
 use crate::context::Runtime;
 use crate::control::{Outcome, Phase, Seen, WorkerIndex};
@@ -98,86 +97,6 @@ impl Objects {
             Some(log) => log,
             None => &NoRecord,
         }
-    }
-
-    /// Creates an object, record first. After an error there is neither object nor record.
-    fn create(&self, creation: &Creation) -> Result<ResourceRepr> {
-        const MODE: u32 = 0o600;
-        let recorder = self.recorder();
-        let create_shm = |name: &ObjectName, len_bytes: u64| {
-            ShmObject::create(name, len_bytes, MODE, recorder).map_err(Error::memory(format!(
-                "creating the shared memory object {name}"
-            )))
-        };
-        match creation {
-            Creation::File { prefix } => self.create_file(prefix),
-            Creation::Sem { prefix, initial } => {
-                let name = ObjectName::unique(prefix)?;
-                NamedSemaphore::create(&name, *initial, MODE, recorder)?;
-                Ok(ResourceRepr::PosixSem(name))
-            }
-            Creation::Shm { prefix, len_bytes } => {
-                let name = ObjectName::unique(prefix)?;
-                create_shm(&name, *len_bytes)?;
-                Ok(ResourceRepr::PosixShm(name))
-            }
-            Creation::ShmSc { prefix, len_bytes } => {
-                let name = ObjectName::unique(prefix)?;
-                let container = SemContainer::create(&name, recorder)?;
-                if let Err(error) = create_shm(&name, *len_bytes) {
-                    // The container has no semaphore yet; its record is all there is to take back.
-                    container.unlink(recorder)?;
-                    return Err(error);
-                }
-                let prefix = name.clone();
-                Ok(ResourceRepr::PosixShmSc { name, prefix })
-            }
-            Creation::PreallocatedShm { .. } | Creation::PreallocatedShmSc { .. } => {
-                Err(Error::Refused {
-                    doing: "creating preallocated shared memory".to_owned(),
-                    reason: "this master has no regions".to_owned(),
-                })
-            }
-        }
-    }
-
-    fn create_file(&self, prefix: &[u8]) -> Result<ResourceRepr> {
-        use std::os::unix::ffi::OsStringExt as _;
-        use std::os::unix::fs::OpenOptionsExt as _;
-        /// Chances of a collision are about one in 2^64 each.
-        const ATTEMPTS: usize = 16;
-        for _ in 0..ATTEMPTS {
-            let mut bytes = prefix.to_vec();
-            bytes.extend(format!("{:016x}", process::random_u64()).bytes());
-            let path = std::path::PathBuf::from(std::ffi::OsString::from_vec(bytes));
-            let repr = ResourceRepr::File(path.clone());
-            self.register(&repr)?;
-            crash_point!("proc.run.file_recorded");
-            let created = std::fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&path);
-            match created {
-                Ok(_) => {
-                    crash_point!("proc.run.file_created");
-                    return Ok(repr);
-                }
-                Err(error) => {
-                    if let Some(log) = &self.log {
-                        log.unregister(&repr.kernel_objects())?;
-                    }
-                    if error.kind() != std::io::ErrorKind::AlreadyExists {
-                        let why = error.to_string();
-                        return Err(Error::InvalidPath { path, why });
-                    }
-                }
-            }
-        }
-        Err(Error::Refused {
-            doing: "creating a temporary file".to_owned(),
-            reason: "every name that was tried exists".to_owned(),
-        })
     }
 
     /// Unlinks an object, then drops its record. What cannot be unlinked stays in the record.
@@ -1047,18 +966,10 @@ pub(crate) fn answer_about_resources(
                 },
             }
         }
-        Request::Create(creation) => match objects.create(&creation) {
-            Err(error) => refuse(error),
-            Ok(repr) => match resources.insert(repr.clone(), user) {
-                Ok(inserted) => {
-                    crash_point!("proc.run.inserted");
-                    let id = inserted.id;
-                    tracing::debug!(target: "netmcore", %id, resource = %repr, ?user, "a resource has been created");
-                    Reply::Created { id, repr }
-                }
-                Err(error) => Reply::Refused(error.into()),
-            },
-        },
+        Request::Create(Creation::PreallocatedShm { .. } | Creation::PreallocatedShmSc { .. }) => {
+            let reason = "this master has no regions".to_owned();
+            Reply::Refused(RefusedReason::Other(reason))
+        }
         Request::Get { id, expected } => match resources.acquire(id, expected, user) {
             Ok(repr) => Reply::Repr(repr.clone()),
             Err(error) => Reply::Refused(error.into()),
