@@ -1111,7 +1111,12 @@ impl Control {
             Seen::Unfinished | Seen::Finished => {}
         }
         let (slot, generation) = self.key(process);
-        if Word(slot.word.load(Acquire)).has(Word::DETACHED) {
+        let word = Word(slot.word.load(Acquire));
+        if word.state() == SlotState::Preparing {
+            // Its asker has yet to store the word, without the flags that a claimant would set.
+            return Err(ClaimError::Never);
+        }
+        if word.has(Word::DETACHED) {
             return Err(ClaimError::Detached);
         }
         let free = u64::from(generation) << 32;
@@ -2158,6 +2163,31 @@ mod tests {
         run(control);
         deliver(control, process);
         assert_eq!((control.look(process), blocks(control)), (Seen::Gone, 0));
+    }
+
+    #[test]
+    fn nobody_claims_a_process_that_is_being_prepared() {
+        let Fixture { control, .. } = &fixture(1);
+        for _ in 0..4 {
+            let process = queue(control, order());
+            run(control);
+            deliver(control, process);
+            control.claim_result(process, JOINER).unwrap().collect();
+        }
+        let preparing = control.prepare(ASKER).unwrap();
+        let process = preparing.process();
+        // The slot still names the join point of the process before.
+        control.collect_released(order().join_point);
+        let guessed = control.claim_result(process, JOINER).map(drop);
+        assert_eq!(guessed, Err(ClaimError::Never));
+        preparing.queue(Order {
+            join_point: 7,
+            ..order()
+        });
+        assert_eq!(run(control), process);
+        deliver(control, process);
+        control.claim_result(process, JOINER).unwrap().collect();
+        assert_eq!(blocks(control), 0);
     }
 
     #[test]

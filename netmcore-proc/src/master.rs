@@ -382,6 +382,8 @@ impl Master {
             written_pidfile: None,
             is_over: false,
         }));
+        // The last master may be dropped here, and what its definitions hold asks for the current one.
+        drop(CURRENT.take());
         CURRENT.set(Some(Rc::clone(&core)));
         Master { core, init: None }
     }

@@ -62,6 +62,7 @@ netmcore_forktest::forktests!(
     first_resource_call_cleans_up_after_the_last_run,
     resource_call_in_a_directory_in_use_is_refused,
     master_that_never_ran_deletes_its_objects,
+    guard_in_a_definition_of_a_master_that_never_ran_goes_with_it,
     master_uses_resources_in_the_init_hook,
     master_uses_resources_when_extracting_results,
     guard_that_outlives_the_run_opens_nothing,
@@ -1240,6 +1241,21 @@ fn master_that_never_ran_deletes_its_objects() {
         assert_gone(&dir, repr);
     }
     assert_clean(&dir);
+}
+
+fn guard_in_a_definition_of_a_master_that_never_ran_goes_with_it() {
+    let [one, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let path = one.path().join("captured");
+    {
+        let mut master = Master::builder(one.path());
+        let file = manage_file(&path).unwrap();
+        fs::write(&path, "").unwrap();
+        let _process = master.def_process(move |(): ()| file.id());
+    }
+    assert!(!path.exists());
+    let _master = Master::builder(other.path());
+    // The guard has gone, and has not asked the new master.
+    assert_eq!(fs::read_dir(other.path()).unwrap().count(), 0);
 }
 
 fn master_uses_resources_in_the_init_hook() {
