@@ -12,8 +12,9 @@
 //!                                 ▼  ▼ join│        │
 //!                       control block: slots, arguments, results, deaths (a memfd, at one address)
 //!
-//!  worker ── create, manage, get, release ──► master ── records, then creates; unlinks, then drops ──► DIR/netplex.pmanage
-//!                 (frames over DIR/netplex.controller/admin)
+//!  worker ── manage, get, release ──► master ── records; unlinks, then drops ──► DIR/netplex.pmanage
+//!    │        (frames over DIR/netplex.controller/admin)
+//!    └── creates what is recorded
 //! ```
 //!
 //! The slot of a process is the truth about it: free, being prepared, queued, running, done or failed, joined. Each step is one

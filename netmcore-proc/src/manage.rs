@@ -458,7 +458,7 @@ pub fn get_file(id: ResourceId) -> Result<Resource> {
 /// ```
 ///
 /// # Errors
-/// [`Error::InvalidPath`] if the file cannot be created.
+/// [`Error::InvalidPath`] if the file cannot be created; nothing is left then.
 pub fn create_file(prefix: impl AsRef<Path>) -> Result<Resource> {
     let mut path = absolute(prefix.as_ref())?.into_os_string();
     path.push(format!("{:016x}", process::random_u64()));
@@ -527,7 +527,11 @@ pub fn get_shm(id: ResourceId) -> Result<Resource> {
 /// ```
 ///
 /// # Errors
-/// Fails without leaving anything: a bad prefix, no space.
+/// [`Error::Memory`] with `NoSpace` if there is not so much memory, or the process may not write so large a file;
+/// the error of a bad prefix. Nothing is left after an error.
+///
+/// # Blocking
+/// While the kernel clears the memory: about 60 ms for 256 MiB. The master serves others meanwhile.
 pub fn create_shm(prefix: impl AsRef<[u8]>, len_bytes: u64) -> Result<Resource> {
     let name = ObjectName::unique(prefix.as_ref())?;
     let repr = ResourceRepr::PosixShm(name.clone());
@@ -629,7 +633,8 @@ pub fn get_sem(id: ResourceId) -> Result<Resource> {
 /// Creates a named semaphore (mode 0600) with this value, recorded first. `prefix` begins with `/`.
 ///
 /// # Errors
-/// Fails without leaving anything.
+/// [`Error::Semaphore`] if the system refuses it, or `initial` is above 2³¹ − 1; the error of a bad prefix. Nothing
+/// is left after an error.
 pub fn create_sem(prefix: impl AsRef<[u8]>, initial: u32) -> Result<Resource> {
     let name = ObjectName::unique(prefix.as_ref())?;
     name.for_semaphore()?;

@@ -1688,7 +1688,10 @@ fn object_larger_than_its_creator_may_write_is_refused() {
                 process::set_limit(process::Resource::FileSizeBytes, limit).unwrap();
                 drop(create_shm(PREFIX, 8192).unwrap());
                 let error = create_shm(PREFIX, 8193).unwrap_err();
-                assert!(matches!(error, Error::Memory { .. }), "{error:?}");
+                let Error::Memory { source, .. } = error else {
+                    panic!("{error:?}")
+                };
+                assert!(matches!(source, netmcore_shm::Error::NoSpace { .. }));
                 assert!(recorded(&dir).is_empty());
             },
             &dir,
