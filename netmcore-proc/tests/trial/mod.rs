@@ -112,6 +112,11 @@ impl Channel {
         u64::from_le_bytes(bytes)
     }
 
+    /// A copy of the sending end.
+    pub fn sender(&self) -> PipeWriter {
+        self.writer.try_clone().expect("a descriptor")
+    }
+
     pub fn send_pid(&self) {
         self.send(u64::from(std::process::id()));
     }
