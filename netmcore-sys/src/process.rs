@@ -270,6 +270,8 @@ extern "C" fn close_guarded_in_child() {
 /// `Ok(false)` means that the parent died before the request: no signal will come, so leave at once. Both belong
 /// together; a parent may die at any time between `fork` and this call.
 ///
+/// A child that is stopped (SIGSTOP) before this call has not asked yet: it outlives its parent until it is continued.
+///
 /// Three traps. The signal comes when the *thread* that forked ends, even if its process goes on: fork from a
 /// thread that stays to the end. The request is dropped by a fork (the child's child has none) and by the exec of a
 /// set-user-id or capable program. And across a pid namespace the parent's id reads as 0, which never is
