@@ -137,6 +137,33 @@ fn live_members(group: Pid) -> Vec<Pid> {
         .collect()
 }
 
+/// Whether the process has asked for its signal on its parent's death: what is stopped before that stays until it
+/// is continued, and then sees that its parent is gone.
+fn is_settled(pid: Pid, master: Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let is_worker = status.contains(&format!("\nPPid:\t{master}\n"));
+    if !is_worker {
+        // Asked for between fork and exec.
+        return status.starts_with("Name:\tsleep\n");
+    }
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    // A worker's second act is to close the descriptors of the master.
+    let mut targets = descriptors.flatten().map(|one| fs::read_link(one.path()));
+    targets.all(|target| target.is_ok_and(|target| !target.ends_with("anon_inode:[eventpoll]")))
+}
+
+/// A process in words, for the message of a failure.
+fn describe(pid: Pid) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let wanted = ["Name:", "State:", "PPid:", "SigPnd:", "ShdPnd:"];
+    let lines = status
+        .lines()
+        .filter(|line| wanted.iter().any(|name| line.starts_with(name)));
+    format!("{pid}: {}", lines.collect::<Vec<_>>().join(", "))
+}
+
 fn names_in(dir: &Path, containing: &str) -> Vec<String> {
     fs::read_dir(dir)
         .unwrap()
@@ -187,7 +214,7 @@ impl Round {
             File::create(&self.go_on).unwrap();
         } else if random.below(2) == 0 {
             let mut members = live_members(program.pid());
-            members.retain(|&pid| pid != program.pid());
+            members.retain(|&pid| pid != program.pid() && is_settled(pid, program.pid()));
             for _ in 0..3.min(members.len()) {
                 let chosen = members.swap_remove(random.below(members.len() as u64) as usize);
                 // It may have ended by itself.
@@ -240,6 +267,9 @@ fn killed_master_leaves_nothing_behind() {
             are_gone,
             "round {number}: {:?} live on",
             live_members(group)
+                .into_iter()
+                .map(describe)
+                .collect::<Vec<_>>()
         );
         // Nobody holds the output any more; what has been written tells of no error.
         while let Some(line) = program.line() {
