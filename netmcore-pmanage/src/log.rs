@@ -32,12 +32,14 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use netmcore_sys::crash_point;
-use netmcore_sys::file_lock::OfdGuard;
+use netmcore_sys::file_lock::{self, OfdGuard};
 use netmcore_sys::record::{ObjectKind, Recorder};
 
 use crate::error::{Error, Result, While};
@@ -48,6 +50,8 @@ use crate::trust::{self, Expected};
 
 /// Name of the record in its directory.
 pub const RECORD_NAME: &str = "netplex.pmanage";
+/// How long the record's lock is waited for.
+const LOCK_DEADLINE: Duration = Duration::from_secs(2);
 const DRAFT_NAME: &str = "netplex.pmanage.draft";
 const JOURNAL_NAME: &str = "netplex.pmanage.journal";
 /// Name of the file beside the record that keeps lines which could not be read.
@@ -307,12 +311,35 @@ impl Files {
         loop {
             trust::check_directory(&self.dir)?;
             let file = trust::open_or_create(&self.record)?;
-            let guard = OfdGuard::lock(file).on(&self.record, "cannot lock")?;
+            let guard = self.lock_in_time(file)?;
             // Whoever held the lock before may have removed the file.
             if trust::still_leads_to(&self.record, guard.file())? {
                 return Ok(Locked { files: self, guard });
             }
         }
+    }
+
+    /// The lock is held for microseconds by whoever lives: a holder that is stopped must not stop all
+    /// others with it.
+    fn lock_in_time(&self, file: File) -> Result<OfdGuard> {
+        let deadline = Instant::now() + LOCK_DEADLINE;
+        let mut pause = Duration::from_micros(50);
+        while !file_lock::ofd_try_lock(file.as_fd()).on(&self.record, "cannot lock")? {
+            if Instant::now() >= deadline {
+                let source = io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!(
+                        "another process has held its lock for {LOCK_DEADLINE:?}; is it stopped?"
+                    ),
+                );
+                return Err(source).on(&self.record, "cannot lock");
+            }
+            // sleep: the kernel has no wait for this lock that ends by itself.
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+        // The descriptor has the lock already.
+        OfdGuard::lock(file).on(&self.record, "cannot lock")
     }
 
     /// Locks the record, with a pending compaction finished.

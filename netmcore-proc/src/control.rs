@@ -46,7 +46,6 @@
 #![allow(unsafe_code)]
 
 use std::num::NonZeroU64;
-use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -342,6 +341,9 @@ struct Slot {
     outcome: AtomicU64,
 }
 
+/// The part of [`Header::cursor`] that is an id; the rest is the version.
+const CURSOR_ID: u64 = (1 << 44) - 1;
+
 /// In [`WorkerEntry::in_flight`]: the worker is exiting.
 const SIGNED_OFF: u32 = 1 << 31;
 
@@ -565,13 +567,32 @@ impl Control {
         let id = process.get();
         let slots = self.slot_count as u64;
         // A number that no process can have must not name another's generation.
-        let generation = u32::try_from(id / slots + 1).unwrap_or(u32::MAX);
+        let generation = u32::try_from((id / slots).saturating_add(1)).unwrap_or(u32::MAX);
         (self.slot_at((id % slots) as usize), generation)
     }
     fn process_of(&self, slot_index: usize, generation: u32) -> ProcessId {
         ProcessId::from_raw(
             (u64::from(generation) - 1) * self.slot_count as u64 + slot_index as u64,
         )
+    }
+
+    /// The process in a slot, with its word. None: the slot is free, or its word is garbage that a
+    /// process of this run cannot have.
+    fn occupant(&self, slot_index: usize) -> Option<(ProcessId, Word)> {
+        let word = Word(self.slot_at(slot_index).word.load(SeqCst));
+        if word.state() == SlotState::Free || word.generation() == 0 {
+            return None;
+        }
+        let process = self.process_of(slot_index, word.generation());
+        (process.get() >= self.first_process).then_some((process, word))
+    }
+
+    /// The slots that have ever been used: walks of the table need not touch the others.
+    fn used_slots(&self) -> impl Iterator<Item = usize> + use<> {
+        let slots = self.slot_count as u64;
+        let first = self.first_process;
+        let used = self.next_process().saturating_sub(first).min(slots);
+        (first..first + used).map(move |id| (id % slots) as usize)
     }
 
     /// Allocates a block of `len_bytes` for `process`.
@@ -609,6 +630,15 @@ impl Control {
     pub(crate) fn worker_limit(&self) -> usize {
         self.worker_count
     }
+    /// Where the ids of a next run can begin. A number that no run can reach is garbage that a worker has
+    /// written, and is not carried on.
+    pub(crate) fn id_after_the_run(&self) -> u64 {
+        let next = self.next_process();
+        match next <= CURSOR_ID / 2 {
+            true => next,
+            false => self.first_process + self.slot_count as u64,
+        }
+    }
     /// The id that the next process will have at the least.
     pub(crate) fn next_process(&self) -> u64 {
         self.header().next_process.0.load(Relaxed)
@@ -627,7 +657,7 @@ impl Control {
     /// Enters a phase and wakes everybody who sleeps, so that they look at it.
     pub(crate) fn set_phase(&self, phase: Phase) {
         self.header().phase.store(phase as u32, SeqCst);
-        for index in 0..self.slot_count {
+        for index in self.used_slots() {
             let slot = self.slot_at(index);
             let word = Word(slot.word.load(SeqCst));
             if word.has(Word::SLEEPERS) {
@@ -683,12 +713,14 @@ impl Control {
                 let word = Word(slot.word.load(Acquire));
                 if word.state() == SlotState::Free && word.generation() < generation {
                     let claimed = Word::new(generation, SlotState::Preparing, asker);
+                    // First, so that whoever walks the used slots finds the claim. If it fails, the id
+                    // is never used.
+                    header.next_process.0.fetch_max(id + 1, SeqCst);
                     if slot
                         .word
                         .compare_exchange(word.0, claimed.0, SeqCst, Relaxed)
                         .is_ok()
                     {
-                        header.next_process.0.fetch_max(id + 1, SeqCst);
                         crash_point!("proc.control.prepare");
                         slot.joiner.store(u64::from(generation) << 32, Relaxed);
                         for cell in [&slot.argument, &slot.result, &slot.panic] {
@@ -737,12 +769,11 @@ impl Control {
     /// Makes sure that the walk of the queue begins at `process` or before, and that no walk under
     /// way moves the cursor past it.
     fn lower_cursor(&self, process: ProcessId) {
-        const VERSION_ONE: u64 = 1 << 44;
         let cursor = &self.header().cursor.0;
         let mut old = cursor.load(SeqCst);
         loop {
-            let version = (old & !(VERSION_ONE - 1)).wrapping_add(VERSION_ONE);
-            let new = version | (old & (VERSION_ONE - 1)).min(process.get());
+            let version = (old & !CURSOR_ID).wrapping_add(CURSOR_ID + 1);
+            let new = version | (old & CURSOR_ID).min(process.get());
             match cursor.compare_exchange_weak(old, new, SeqCst, SeqCst) {
                 Ok(_) => return,
                 Err(seen) => old = seen,
@@ -750,40 +781,15 @@ impl Control {
         }
     }
 
-    /// The ids that may be queued, oldest first.
-    fn queue_range(&self) -> (u64, Range<u64>) {
-        let cursor = self.header().cursor.0.load(SeqCst);
-        (
-            cursor,
-            cursor & ((1 << 44) - 1)..self.header().next_process.0.load(SeqCst),
-        )
-    }
-
     /// The oldest queued process, if any. Moves the cursor over what is served.
     fn oldest_queued(&self) -> Option<(ProcessId, Word)> {
-        let (cursor, range) = self.queue_range();
-        let begin = range.start;
-        let mut served_up_to = begin;
-        let mut found = None;
-        for id in range {
-            let process = ProcessId::from_raw(id);
-            let (slot, generation) = self.key(process);
-            let word = Word(slot.word.load(SeqCst));
-            if word.generation() == generation {
-                match word.state() {
-                    SlotState::Queued => {
-                        found = Some((process, word));
-                        break;
-                    }
-                    // Its asker will lower the cursor again when it is queued.
-                    SlotState::Preparing => {}
-                    _ => {}
-                }
-            }
-            served_up_to = id + 1;
-        }
-        if served_up_to > begin {
-            let moved = (cursor & !((1 << 44) - 1)) | served_up_to;
+        let cursor = self.header().cursor.0.load(SeqCst);
+        let begin = cursor & CURSOR_ID;
+        let end = self.header().next_process.0.load(SeqCst);
+        let found = self.first_queued(begin, end);
+        let served_up_to = found.map_or(end, |(process, _)| process.get());
+        if served_up_to > begin && served_up_to <= CURSOR_ID {
+            let moved = (cursor & !CURSOR_ID) | served_up_to;
             let _ = self
                 .header()
                 .cursor
@@ -791,6 +797,25 @@ impl Control {
                 .compare_exchange(cursor, moved, SeqCst, Relaxed);
         }
         found
+    }
+
+    /// Walks the ids, or all slots if those are fewer. A slot that is being prepared is passed over: its
+    /// asker lowers the cursor when it is queued.
+    fn first_queued(&self, begin: u64, end: u64) -> Option<(ProcessId, Word)> {
+        if end.saturating_sub(begin) > self.slot_count as u64 {
+            return self
+                .used_slots()
+                .filter_map(|index| self.occupant(index))
+                .filter(|(_, word)| word.state() == SlotState::Queued)
+                .min_by_key(|(process, _)| *process);
+        }
+        (begin..end).find_map(|id| {
+            let process = ProcessId::from_raw(id);
+            let (slot, generation) = self.key(process);
+            let word = Word(slot.word.load(SeqCst));
+            (word.generation() == generation && word.state() == SlotState::Queued)
+                .then_some((process, word))
+        })
     }
 
     /// Takes the oldest queued process: `Queued → Running(worker)`. A worker that is a copy of an
@@ -839,14 +864,17 @@ impl Control {
     pub(crate) fn queue_facts(&self, enough: usize) -> QueueFacts {
         let queued = match self.oldest_queued() {
             None => 0,
-            Some((first, _)) => (first.get()..self.header().next_process.0.load(SeqCst))
-                .filter(|&id| {
-                    let (slot, generation) = self.key(ProcessId::from_raw(id));
-                    let word = Word(slot.word.load(SeqCst));
-                    word.generation() == generation && word.state() == SlotState::Queued
-                })
-                .take(enough)
-                .count(),
+            Some((first, _)) => {
+                let last = self.next_process().saturating_sub(1);
+                // Ids beyond one round of the table come to the same slots again.
+                (first.get()..=last.min(first.get() + self.slot_count as u64 - 1))
+                    .filter(|&id| {
+                        let (slot, _) = self.key(ProcessId::from_raw(id));
+                        Word(slot.word.load(SeqCst)).state() == SlotState::Queued
+                    })
+                    .take(enough)
+                    .count()
+            }
         };
         QueueFacts {
             queued,
@@ -1228,7 +1256,8 @@ impl Control {
         let (slot, generation) = self.key(process);
         let mut word = Word(slot.word.load(Acquire));
         loop {
-            if word.generation() != generation || word.is_finished() {
+            let is_unfinished = matches!(word.state(), SlotState::Queued | SlotState::Running);
+            if word.generation() != generation || !is_unfinished {
                 return None;
             }
             let flagged = Word(word.0 | flag);
@@ -1254,6 +1283,10 @@ impl Control {
 
     /// The fork for `process` failed: `Running → Failed`.
     pub(crate) fn fail_unforked(&self, process: ProcessId, worker: WorkerIndex, errno: i32) {
+        if self.worker_of(process) != Some(worker) {
+            // A worker that lived for a moment was settled, or has delivered.
+            return;
+        }
         let (slot, generation) = self.key(process);
         slot.outcome
             .store(Outcome::NotForked { errno }.to_word(), Relaxed);
@@ -1301,11 +1334,10 @@ impl Control {
     }
 
     fn unfinished(&self, state: SlotState) -> Vec<ProcessId> {
-        (0..self.slot_count)
-            .filter_map(|index| {
-                let word = Word(self.slot_at(index).word.load(Acquire));
-                (word.state() == state).then(|| self.process_of(index, word.generation()))
-            })
+        self.used_slots()
+            .filter_map(|index| self.occupant(index))
+            .filter(|(_, word)| word.state() == state)
+            .map(|(process, _)| process)
             .collect()
     }
 
@@ -1317,14 +1349,14 @@ impl Control {
             (SlotState::Done, ProcessState::Done),
             (SlotState::Failed, ProcessState::Failed),
         ];
-        (0..self.slot_count)
+        self.used_slots()
             .filter_map(|index| {
-                let word = Word(self.slot_at(index).word.load(Acquire));
+                let (process, word) = self.occupant(index)?;
                 let (_, state) = states
                     .into_iter()
                     .find(|(state, _)| *state == word.state())?;
                 let worker = (state == ProcessState::Running).then(|| word.actor());
-                Some((self.process_of(index, word.generation()), state, worker))
+                Some((process, state, worker))
             })
             .collect()
     }
@@ -1381,7 +1413,7 @@ impl Control {
         };
         let mut running = None;
         if !in_order {
-            for index in 0..self.slot_count {
+            for index in self.used_slots() {
                 running = self.settle_slot(index, worker).or(running);
             }
             // It may have been told of something queued, or been about to tell.
@@ -1416,13 +1448,8 @@ impl Control {
     /// Applies the table to one slot, except that the process that the dead worker was running is only
     /// returned.
     fn settle_slot(&self, index: usize, dead: WorkerIndex) -> Option<ProcessId> {
-        let slot = self.slot_at(index);
-        let word = Word(slot.word.load(Acquire));
-        let generation = word.generation();
-        if word.state() == SlotState::Free {
-            return None;
-        }
-        let process = self.process_of(index, generation);
+        let (process, word) = self.occupant(index)?;
+        let (slot, generation) = (self.slot_at(index), word.generation());
         let joiner = slot.joiner.load(Acquire);
         if joiner == (u64::from(generation) << 32 | u64::from(dead.0 + 1))
             && !word.has(Word::DETACHED)
@@ -1525,13 +1552,13 @@ impl Control {
 
     /// Drops the results of all finished processes of a released join point.
     pub(crate) fn collect_released(&self, join_point: u64) {
-        for index in 0..self.slot_count {
-            let slot = self.slot_at(index);
-            let word = Word(slot.word.load(Acquire));
-            if word.state() == SlotState::Free || slot.join_point.load(Relaxed) != join_point {
+        for index in self.used_slots() {
+            let Some((process, _)) = self.occupant(index) else {
+                continue;
+            };
+            if self.slot_at(index).join_point.load(Relaxed) != join_point {
                 continue;
             }
-            let process = self.process_of(index, word.generation());
             // Refused when somebody joins it right now: then that joiner collects it.
             let _ = self.detach(process, WorkerIndex::MASTER);
         }
@@ -1578,17 +1605,16 @@ impl Control {
         &self,
         is_waiting: impl Fn(WorkerIndex, ProcessId) -> bool,
     ) -> bool {
-        (0..self.slot_count).any(|index| {
-            let slot = self.slot_at(index);
-            let word = Word(slot.word.load(SeqCst));
-            match word.state() {
+        self.used_slots().any(|index| match self.occupant(index) {
+            None => false,
+            Some((process, word)) => match word.state() {
                 SlotState::Queued | SlotState::Preparing | SlotState::Collected => true,
-                SlotState::Done | SlotState::Failed => slot.joiner.load(SeqCst) as u32 != 0,
-                SlotState::Running => {
-                    !is_waiting(word.actor(), self.process_of(index, word.generation()))
+                SlotState::Done | SlotState::Failed => {
+                    self.slot_at(index).joiner.load(SeqCst) as u32 != 0
                 }
+                SlotState::Running => !is_waiting(word.actor(), process),
                 SlotState::Free => false,
-            }
+            },
         })
     }
 

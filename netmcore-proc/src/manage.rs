@@ -20,7 +20,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -199,9 +199,16 @@ thread_local! {
 
 /// Runs an encoder, and returns the resources that it met.
 pub(crate) fn sending<T>(encode: impl FnOnce() -> T) -> (T, Vec<ResourceId>) {
-    let outer = SENDING.replace(Some(Vec::new()));
+    /// Puts back what an outer encoder had, also when this one panics.
+    struct Outer(Option<Vec<ResourceId>>);
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            SENDING.set(self.0.take());
+        }
+    }
+    let _outer = Outer(SENDING.replace(Some(Vec::new())));
     let result = encode();
-    let mut ids = SENDING.replace(outer).unwrap_or_default();
+    let mut ids = SENDING.take().unwrap_or_default();
     // An encoder passes over the value twice: once for the size.
     ids.sort_unstable();
     ids.dedup();
@@ -210,11 +217,15 @@ pub(crate) fn sending<T>(encode: impl FnOnce() -> T) -> (T, Vec<ResourceId>) {
 
 /// Runs a decoder in which resources may come.
 pub(crate) fn receiving<T>(decode: impl FnOnce() -> T) -> T {
-    // A value may join a process while it is decoded.
-    let outer = IS_RECEIVING.replace(true);
-    let result = decode();
-    IS_RECEIVING.set(outer);
-    result
+    /// A value may join a process while it is decoded, and may panic.
+    struct Outer(bool);
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            IS_RECEIVING.set(self.0);
+        }
+    }
+    let _outer = Outer(IS_RECEIVING.replace(true));
+    decode()
 }
 
 /// Tells the master that a message about to be published holds these resources.
@@ -248,6 +259,8 @@ struct Client {
 }
 
 static CLIENT: Mutex<Option<Client>> = Mutex::new(None);
+/// Read while an object is recorded and created.
+static CREATING: RwLock<()> = RwLock::new(());
 /// This worker may have uses that must be given up before its result can be seen.
 static HAS_USES: AtomicBool = AtomicBool::new(false);
 
@@ -365,6 +378,7 @@ const MODE: u32 = 0o600;
 /// Has a new name recorded, then creates the object here: the master serves others while the kernel
 /// clears the memory. After an error the guard gives both up.
 fn create(doing: &str, repr: ResourceRepr, make: impl FnOnce() -> Result<()>) -> Result<Resource> {
+    let _creating = CREATING.read().unwrap_or_else(PoisonError::into_inner);
     let resource = manage(doing, repr)?;
     crash_point!("proc.manage.recorded");
     make()?;
@@ -701,6 +715,9 @@ pub(crate) fn forget_uses() {
 /// Before a worker's result can be seen, it is a user of nothing.
 pub(crate) fn release_all_uses() {
     if HAS_USES.swap(false, Relaxed) {
+        // Another thread that is between record and object would create it after the record is dropped:
+        // it is waited for, and nobody begins after it until the process has ended.
+        std::mem::forget(CREATING.write().unwrap_or_else(PoisonError::into_inner));
         // Without the master the process is about to be killed, and the uses end with it.
         let _ = expect_done("releasing all resources", Request::ReleaseAll);
     }

@@ -42,8 +42,8 @@ pub(crate) use birth::Inheritance;
 
 use crate::codec::Codec;
 use crate::context::{self, BodyCell, Definition, Role, Runtime};
-use crate::control::{Control, POINT_LIMIT, READY_LIMIT};
-use crate::error::{Error, Result};
+use crate::control::{Control, POINT_LIMIT, READY_LIMIT, Seen};
+use crate::error::{Error, JoinError, Result};
 use crate::id::ProcessId;
 use crate::own_fd::OwnFd;
 use crate::point::{PointKey, Process, Running};
@@ -195,6 +195,15 @@ impl Core {
 
     /// Answers a request of this process itself.
     fn answer(&mut self, request: Request) -> Result<Reply> {
+        if let (None, Request::Release { id }) = (&self.opened, &request) {
+            // A guard of an earlier master: nothing is opened for what cannot be here.
+            let (expected, found) = (None, None);
+            return Err(Error::NoResource {
+                id: *id,
+                expected,
+                found,
+            });
+        }
         self.open()?;
         let opened = self.opened.as_ref().expect("it has just been opened");
         let mut events = VecDeque::new();
@@ -611,6 +620,8 @@ impl Master {
             })?;
         }
         let first = first_process()?;
+        // The hooks were the program's: with SIGCHLD ignored, exit statuses would be lost.
+        signal::set_default(signal::SIGCHLD).map_err(Error::system("taking SIGCHLD back"))?;
         let reason = self.core.borrow_mut().drive(first)?;
         match reason {
             EndReason::Deadlock { who, on_what } => Err(Error::Deadlock { who, on_what }),
@@ -702,8 +713,17 @@ impl Core {
 
     /// Step 4.
     fn drive(&mut self, first: ProcessId) -> Result<EndReason> {
-        self.state.set_first(first);
         let run = self.run.as_mut().expect("the run has begun");
+        let has_ended = match run.runtime.control.look(first) {
+            Seen::Never => {
+                return Err(Error::FirstProcess(JoinError::NoSuchProcess {
+                    process: first,
+                }));
+            }
+            Seen::Finished | Seen::Gone => true,
+            Seen::Unfinished => false,
+        };
+        self.state.set_first(first, has_ended);
         let opened = self.opened.as_ref().expect("the run has begun");
         run.drive(&mut self.state, &opened.objects);
         run.enter_over();
@@ -734,7 +754,7 @@ impl Core {
                 run.kill_and_reap_all();
             }
             run.enter_over();
-            NEXT_PROCESS.fetch_max(run.runtime.control.next_process(), Relaxed);
+            NEXT_PROCESS.fetch_max(run.runtime.control.id_after_the_run(), Relaxed);
             *run.runtime.doorbell.lock().expect("one thread") = None;
         }
         crash_point!("proc.master.over");

@@ -763,7 +763,9 @@ pub(crate) fn start<A: Serialize + ?Sized>(
         let _ = control.detach(process, me);
     }
     if must_ring {
-        runtime.ring()?;
+        // The process is queued and cannot be taken back; without a doorbell the master finds it when it
+        // looks next.
+        let _ = runtime.ring();
     }
     Ok(process)
 }

@@ -24,7 +24,7 @@ use netmcore_sem::SemContainer;
 use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use netmcore_sys::poll::{Epoll, EventFd, Interest};
-use netmcore_sys::process::{self, Pid, PidFd};
+use netmcore_sys::process::{self, ExitStatus, Pid, PidFd};
 use netmcore_sys::signal::{self, SignalFd};
 use netmcore_sys::socket::{self, Listener, Received, Sent};
 use netmcore_sys::{NoRecord, Recorder};
@@ -381,18 +381,27 @@ impl Run {
         match child.pidfd.wait_nonblocking() {
             Ok(None) => {}
             Ok(Some(status)) => {
-                let child = self
-                    .children
-                    .remove(&worker)
-                    .expect("it has just been found");
-                let _ = self.epoll.remove(&child.pidfd);
-                self.close_connections_of(worker);
+                self.forget_child(worker);
                 events.push_back(Event::Ended { worker, status });
             }
             Err(error) => {
+                // Somebody else has reaped it, and its status is lost; that it has ended is not.
                 tracing::error!(target: "netmcore", pid = %child.pid, %error, "a worker cannot be reaped");
+                let status = ExitStatus::Signaled {
+                    signal: 0,
+                    core_dumped: false,
+                };
+                self.forget_child(worker);
+                events.push_back(Event::Ended { worker, status });
             }
         }
+    }
+
+    fn forget_child(&mut self, worker: WorkerIndex) {
+        if let Some(child) = self.children.remove(&worker) {
+            let _ = self.epoll.remove(&child.pidfd);
+        }
+        self.close_connections_of(worker);
     }
 
     fn accept(&mut self) {
@@ -642,12 +651,21 @@ impl Run {
         signal: i32,
         events: &mut VecDeque<Event>,
     ) -> Reply {
+        /// The signals whose default is to end a process: one that is queued ends by no other.
+        const ENDING: [i32; 6] = [
+            signal::SIGKILL,
+            signal::SIGTERM,
+            signal::SIGINT,
+            signal::SIGHUP,
+            signal::SIGQUIT,
+            signal::SIGABRT,
+        ];
         let control = &self.runtime.control;
         let killed = Outcome::Killed {
             signal,
             core_dumped: false,
         };
-        if control.fail_queued(process, killed) {
+        if ENDING.contains(&signal) && control.fail_queued(process, killed) {
             events.push_back(Event::FailedToStart { process });
             return Reply::Done;
         }

@@ -194,6 +194,8 @@ pub(crate) struct State {
     grace: Duration,
     ready_target: usize,
     first: Option<ProcessId>,
+    /// It was over before the loop began.
+    has_first_ended: bool,
     end_reason: Option<EndReason>,
     workers: BTreeMap<WorkerIndex, Worker>,
     limited: BTreeMap<ProcessId, Limited>,
@@ -218,6 +220,7 @@ impl State {
             grace: Duration::ZERO,
             ready_target: 0,
             first: None,
+            has_first_ended: false,
             end_reason: None,
             workers: BTreeMap::new(),
             limited: BTreeMap::new(),
@@ -243,9 +246,10 @@ impl State {
         self.end_reason = None;
     }
 
-    /// Names the process whose end ends the run.
-    pub(crate) fn set_first(&mut self, process: ProcessId) {
+    /// Names the process whose end ends the run, and whether that has come already.
+    pub(crate) fn set_first(&mut self, process: ProcessId, has_ended: bool) {
         self.first = Some(process);
+        self.has_first_ended = has_ended;
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -298,10 +302,11 @@ impl State {
         if self.is_running() && self.no_fork_before > self.now {
             sooner(self.no_fork_before);
         }
+        let is_enforced = matches!(self.phase, RunPhase::Running | RunPhase::Asked { .. });
         for limited in self
             .limited
             .values()
-            .filter(|limited| !limited.is_being_killed)
+            .filter(|limited| is_enforced && !limited.is_being_killed)
         {
             match limited.started {
                 // It has been claimed and will note its start within microseconds.
@@ -394,6 +399,9 @@ impl State {
 
     /// A round begins: serve the queue, refill the parking places, look at limits and at the clock.
     fn survey(&mut self, queue: QueueFacts, actions: &mut Vec<Action>) {
+        if self.has_first_ended {
+            self.shut_down(EndReason::FirstProcessEnded, actions);
+        }
         match self.phase {
             RunPhase::Running => {
                 self.serve_queue(queue, actions);
