@@ -2289,6 +2289,24 @@ mod tests {
     }
 
     #[test]
+    fn garbage_in_words_and_counters_is_passed_over() {
+        let Fixture { control, .. } = &fixture(1);
+        let process = queue(control, order());
+        run(control);
+        for (index, word) in [(0, 1 << 32 | 1 | 2 << 8), (3, 6 | 2 << 8), (2, u64::MAX)] {
+            control.slot_at(index).word.store(word, SeqCst);
+        }
+        control.header().next_process.0.store(u64::MAX, SeqCst);
+        assert!(!control.is_anything_queued());
+        assert_eq!(control.queue_facts(10).queued, 0);
+        assert_eq!(control.settle(SERVER, KILLED).process, Some(process));
+        assert_eq!(control.queued(), []);
+        control.set_phase(Phase::ShuttingDown);
+        control.look(ProcessId::from_raw(u64::MAX));
+        assert_eq!(control.id_after_the_run(), 5);
+    }
+
+    #[test]
     fn outcome_survives_its_word() {
         for outcome in [
             Outcome::None,

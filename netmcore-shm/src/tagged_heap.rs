@@ -594,8 +594,10 @@ impl TaggedHeap {
         (inside == 0 && word != truth::FREE && fits).then_some(Located::Run { page, page_count })
     }
 
+    /// Pages below were in use at some time. Garbage that a stray store left there is no reason to fall.
     fn high(&self) -> usize {
-        self.view.header().high.load(Ordering::Acquire) as usize
+        let high = self.view.header().high.load(Ordering::Acquire) as usize;
+        high.min(self.view.page_count())
     }
 
     fn hints(&self) -> &layout::Hints {
