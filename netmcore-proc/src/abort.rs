@@ -38,7 +38,8 @@ extern "C" fn note_cause(errno: i32) {
     let (Some(runtime), Some(process)) = (context::runtime(), context::self_process()) else {
         return;
     };
-    if std::thread::panicking() {
+    // A child that the worker forked otherwise dies for itself.
+    if std::thread::panicking() || context::role() != context::Role::Worker {
         return;
     }
     // The panic that was noted has been caught: it is not what the process dies of.

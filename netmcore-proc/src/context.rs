@@ -53,6 +53,8 @@ impl Runtime {
     pub(crate) fn ring(&self) -> Result<(), Error> {
         let doorbell = self.doorbell.lock().unwrap_or_else(PoisonError::into_inner);
         match &*doorbell {
+            // Closed in the fork: the number may be another descriptor's by now.
+            _ if role() == Role::Foreign => Ok(()),
             Some(doorbell) => doorbell
                 .ring()
                 .map_err(Error::system("ringing the master's doorbell")),
@@ -97,10 +99,15 @@ pub(crate) enum Role {
     None,
     Master,
     Worker,
+    /// A child that the program or a library forked from a master or a worker: it has their memory, but
+    /// not their descriptors, and must not speak in their name.
+    Foreign,
 }
 
 static RUNTIME: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
 static ROLE: AtomicU32 = AtomicU32::new(0);
+/// The Unix pid of the process that has the role: forks that are not ours inherit the memory.
+static ROLE_OF: AtomicU32 = AtomicU32::new(0);
 static WORKER: AtomicU32 = AtomicU32::new(0);
 static PROCESS: AtomicU64 = AtomicU64::new(0);
 
@@ -132,14 +139,19 @@ pub(crate) fn retire_runtime() {
 }
 
 pub(crate) fn role() -> Role {
-    match ROLE.load(Relaxed) {
+    let role = match ROLE.load(Relaxed) {
         1 => Role::Master,
         2 => Role::Worker,
-        _ => Role::None,
+        _ => return Role::None,
+    };
+    match ROLE_OF.load(Relaxed) == std::process::id() {
+        true => role,
+        false => Role::Foreign,
     }
 }
 
 pub(crate) fn become_master() {
+    ROLE_OF.store(std::process::id(), Relaxed);
     ROLE.store(1, Relaxed);
 }
 
@@ -151,6 +163,7 @@ pub(crate) fn become_nobody() {
 pub(crate) fn become_worker(index: WorkerIndex) {
     WORKER.store(index.0, Relaxed);
     PROCESS.store(0, Relaxed);
+    ROLE_OF.store(std::process::id(), Relaxed);
     ROLE.store(2, Relaxed);
 }
 

@@ -22,7 +22,7 @@ pub fn self_process_id() -> Result<ProcessId> {
     match context::role() {
         Role::Worker => context::self_process().ok_or(Error::NotRunning { call }),
         Role::Master => Err(Error::NotInMaster { call }),
-        Role::None => Err(Error::NotRunning { call }),
+        Role::None | Role::Foreign => Err(Error::NotRunning { call }),
     }
 }
 

@@ -338,7 +338,7 @@ fn ask(doing: &str, request: Request) -> Result<Reply> {
                 }
             }
         }
-        Role::Master | Role::None => master::answer_here(request)?,
+        Role::Master | Role::None | Role::Foreign => master::answer_here(request)?,
     };
     match reply {
         Reply::Refused(reason) => Err(refusal(reason, doing)),

@@ -36,6 +36,7 @@ use netmcore_pmanage::{ControllerSocket, Liveness, Log};
 use netmcore_shm::Arena;
 use netmcore_sys::crash_point;
 use netmcore_sys::poll::EventFd;
+use netmcore_sys::process::Pid;
 use netmcore_sys::{map, process, signal};
 
 pub(crate) use birth::Inheritance;
@@ -104,13 +105,21 @@ struct Opened {
     objects: Objects,
     liveness: Liveness,
     dir: PathBuf,
+    /// The process that holds the lock. Forks that are not ours have a copy of this, but not of the lock.
+    pid: Pid,
 }
 
 impl Core {
     /// Step 2 of the module docs; once.
     fn open(&mut self) -> Result<()> {
-        if self.opened.is_some() {
-            return Ok(());
+        match &self.opened {
+            Some(opened) if opened.pid == Pid::this() => return Ok(()),
+            Some(_) => {
+                return Err(Error::NotRunning {
+                    call: "a request to the master",
+                });
+            }
+            None => {}
         }
         if self.is_over {
             return Err(Error::NotRunning {
@@ -137,6 +146,7 @@ impl Core {
             objects: Objects { log },
             liveness,
             dir,
+            pid: Pid::this(),
         });
         Ok(())
     }
@@ -277,7 +287,11 @@ pub(crate) fn answer_here(request: Request) -> Result<Reply> {
     let core = core.ok_or(Error::NotRunning {
         call: "a request to the master",
     })?;
-    core.borrow_mut().answer(request)
+    // Borrowed for good in the children of workers, which are copies of the master in the middle of its loop.
+    let answer = core.try_borrow_mut().map(|mut core| core.answer(request));
+    answer.unwrap_or(Err(Error::NotRunning {
+        call: "a request to the master",
+    }))
 }
 
 /// Returns the record of kernel-persistent objects of the run, for a program that records objects of
@@ -297,7 +311,7 @@ pub fn record() -> Result<Log> {
         return Ok(Log::open(dir)?);
     }
     let core = CURRENT.with_borrow(Clone::clone).ok_or_else(missing)?;
-    let mut core = core.borrow_mut();
+    let mut core = core.try_borrow_mut().map_err(|_| missing())?;
     core.open()?;
     core.opened
         .as_ref()
@@ -588,11 +602,10 @@ impl Master {
         extract_result: impl FnOnce(ProcessId) -> T,
     ) -> Result<T> {
         let init = self.init.take();
-        if context::role() != Role::None {
-            return Err(match context::role() {
-                Role::Master => Error::AlreadyMaster,
-                _ => Error::NotInWorker { call: "run" },
-            });
+        match context::role() {
+            Role::None | Role::Foreign => {}
+            Role::Master => return Err(Error::AlreadyMaster),
+            Role::Worker => return Err(Error::NotInWorker { call: "run" }),
         }
         let begun = self.core.borrow_mut().begin();
         let outcome = begun.and_then(|()| self.run_begun(init, first_process, extract_result));
@@ -634,9 +647,7 @@ impl Master {
 /// A master that was opened by a resource call, but never run, ends in order, too.
 impl Drop for Master {
     fn drop(&mut self) {
-        let is_worker = context::role() == Role::Worker;
         if let Ok(mut core) = self.core.try_borrow_mut()
-            && !is_worker
             && core.opened.is_some()
         {
             // Failures have been logged; there is nobody to tell.
@@ -688,7 +699,7 @@ impl Core {
             definitions: RwLock::new(self.definitions.clone()),
             executable: map::executable_ranges().map_err(doing())?,
             doorbell: Mutex::new(Some(Arc::clone(&doorbell))),
-            master: process::Pid::this(),
+            master: Pid::this(),
             admin_socket: ControllerSocket::path(&opened.dir),
             recorded_dir: opened.objects.log.as_ref().map(|_| opened.dir.clone()),
             is_multiprocessor: process::available_processors() > 1,
@@ -738,6 +749,17 @@ impl Core {
 
     /// Step 5, from wherever the run has come to. All of it is tried; the first failure is told.
     fn end(&mut self) -> Result<()> {
+        if self
+            .opened
+            .as_ref()
+            .is_some_and(|opened| opened.pid != Pid::this())
+        {
+            // A fork that is not ours, with a copy of all this: it is not its to end, and the descriptors
+            // that it names are closed here.
+            std::mem::forget((self.run.take(), self.opened.take()));
+            self.is_over = true;
+            return Ok(());
+        }
         let mut first_error = None;
         let mut note = |result: Result<()>| {
             if let Err(error) = result {

@@ -439,7 +439,8 @@ impl<R> Running<R> {
     /// [`JoinError::AlreadyJoined`] if somebody has joined it or is waiting for it.
     pub fn detach(&self) -> Result<(), JoinError> {
         let process = self.key.process;
-        let runtime = context::runtime().ok_or(JoinError::NoSuchProcess { process })?;
+        let runtime = context::runtime().filter(|_| context::role() != Role::Foreign);
+        let runtime = runtime.ok_or(JoinError::NoSuchProcess { process })?;
         let _in_flight = runtime.control.enter(context::me());
         let must_ring = runtime
             .control
@@ -494,8 +495,10 @@ impl<R: DeserializeOwned> Running<R> {
 
     fn take(&self, wait: Wait) -> Result<Option<R>, JoinError> {
         let process = self.key.process;
-        if context::role() != Role::Worker && !matches!(wait, Wait::Never) {
-            return Err(JoinError::NotInMaster { process });
+        match (context::role(), wait) {
+            (Role::Worker, _) | (Role::Master | Role::None, Wait::Never) => {}
+            (Role::Foreign, _) => return Err(JoinError::NoSuchProcess { process }),
+            _ => return Err(JoinError::NotInMaster { process }),
         }
         if context::self_process() == Some(process) && matches!(wait, Wait::Forever) {
             return Err(JoinError::WouldDeadlock { process });
@@ -742,7 +745,7 @@ pub(crate) fn start<A: Serialize + ?Sized>(
         crate::control::Phase::Running => {}
         _ => return Err(Error::ShutDown),
     }
-    if context::role() == Role::None {
+    if matches!(context::role(), Role::None | Role::Foreign) {
         return Err(Error::NotRunning { call: "start" });
     }
     let me = context::me();

@@ -52,6 +52,7 @@ tests_and_programs! {
         panic_hook_set_in_a_worker_hides_no_message,
         worker_has_no_descriptor_of_the_master,
         forked_grandchild_holds_no_descriptor_of_ours,
+        forked_grandchild_cannot_act_for_its_parent,
         spawned_grandchild_holds_no_descriptor_of_ours,
         descriptor_limit_is_that_of_the_program,
         worker_dies_with_the_master,
@@ -649,6 +650,88 @@ fn forked_grandchild_holds_no_descriptor_of_ours() {
     process::kill(grandchild, 9).unwrap();
     again.unwrap();
     assert!(are_closed, "{ours:?}");
+}
+
+/// Forks as a library would, and waits for the child's verdict.
+fn fork_foreign_and_wait(child: impl FnOnce()) {
+    let pid = fork_foreign(|| {
+        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
+        exit_now(i32::from(ran.is_err()));
+    });
+    let status = process::PidFd::open(pid).unwrap().wait().unwrap();
+    assert!(status.is_success(), "the child ended with {status:?}");
+}
+
+/// What neither a child of a worker nor one of the master may do.
+fn assert_powerless(resource: netmcore_proc::Resource, running: &netmcore_proc::Running<u32>) {
+    fn is_not_running<T: std::fmt::Debug>(outcome: Result<T, Error>) {
+        assert!(
+            matches!(outcome, Err(Error::NotRunning { .. })),
+            "{outcome:?}"
+        );
+    }
+    // Numbers of descriptors that are closed here belong to others soon: nothing may be written to them.
+    let mut others: Vec<File> = (0..40).map(|_| tempfile::tempfile().unwrap()).collect();
+    is_not_running(netmcore_proc::self_process_id());
+    is_not_running(worker_seed());
+    is_not_running(netmcore_proc::create_file("/tmp/netmcore-test-"));
+    is_not_running(netmcore_proc::get_file(resource.id()));
+    is_not_running(spawn(|k: u32| k, &1));
+    is_not_running(running.kill());
+    is_not_running(resource.release());
+    let joined = running.join_nowait();
+    assert!(
+        matches!(joined, Err(JoinError::NoSuchProcess { .. })),
+        "{joined:?}"
+    );
+    let joined = running.join();
+    assert!(
+        matches!(joined, Err(JoinError::NoSuchProcess { .. })),
+        "{joined:?}"
+    );
+    running.detach().unwrap_err();
+    let panicked = std::panic::catch_unwind(|| panic!("in a child that is no worker"));
+    panicked.unwrap_err();
+    for other in &mut others {
+        assert_eq!(other.metadata().unwrap().len(), 0);
+    }
+}
+
+fn forked_grandchild_cannot_act_for_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut master = Master::builder(dir.path());
+    let leaf = master.def_process(|k: u32| k + 1);
+    let mut master = master.init(move |_| {
+        let file = netmcore_proc::create_file("/tmp/netmcore-test-")?;
+        let path = file.path().unwrap().to_owned();
+        let running = leaf.start(&1)?;
+        let again = netmcore_proc::get_file(file.id())?;
+        fork_foreign_and_wait(move || assert_powerless(again, &running));
+        assert!(path.exists(), "the master's file is gone");
+        running.detach().unwrap();
+        Ok(())
+    });
+    let first = master.def_process(move |_: ()| {
+        let file = netmcore_proc::create_file("/tmp/netmcore-test-").unwrap();
+        let running = leaf.start(&6).unwrap();
+        let again = netmcore_proc::get_file(file.id()).unwrap();
+        fork_foreign_and_wait(move || assert_powerless(again, &running));
+        assert!(file.path().unwrap().exists(), "the worker's file is gone");
+        // The use of the second guard has been given up once: here, with the closure.
+        file.release().unwrap();
+        running.join().unwrap()
+    });
+    assert_eq!(master.run(&first, &()).unwrap(), 7);
+
+    // A child that drops its copy of a master takes nothing from the original.
+    let mut master = Master::builder(dir.path());
+    let first = master.def_process(|_: ()| 3);
+    let file = netmcore_proc::create_file("/tmp/netmcore-test-").unwrap();
+    let mut copies = Some((master, file));
+    fork_foreign_and_wait(|| drop(copies.take()));
+    let (master, file) = copies.take().unwrap();
+    assert!(file.path().unwrap().exists());
+    assert_eq!(master.run(&first, &()).unwrap(), 3);
 }
 
 fn spawned_grandchild_holds_no_descriptor_of_ours() {
