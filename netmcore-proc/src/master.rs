@@ -688,9 +688,10 @@ impl Core {
             self.written_pidfile = Some(written);
         }
         let doorbell = Arc::new(OwnFd::new(EventFd::new().map_err(doing())?));
-        let base = birth::choose_base()?;
+        let room = birth::choose_room()?;
+        let base = room.base;
         let listener = ControllerSocket::create(&opened.dir, &opened.liveness)?;
-        let inheritance = Inheritance::note(base)?;
+        let inheritance = Inheritance::note(room)?;
         worker::install_panic_hook();
         let worker_limit = control.worker_limit();
         let runtime = context::install(Runtime {

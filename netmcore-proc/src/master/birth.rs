@@ -2,7 +2,8 @@
 //!
 //! **Invariants.**
 //! 1. All descriptors of the master lie at `base` or above, except the liveness lock and the doorbell,
-//!    which workers keep, and which lie below. A worker closes all from `base` on.
+//!    which workers keep. A worker closes all from `base` on, except those that the program had open
+//!    there before (none, unless it has been given strange numbers or few).
 //! 2. A worker has the signal mask, the actions and the descriptor limit that the program had when it
 //!    called `run`; except that SIGINT, if it had the default action, does nothing, since the terminal
 //!    sends it to the whole group and the master ends its workers in order.
@@ -27,8 +28,7 @@ use crate::worker::{self, Birth};
 /// What a worker restores, and the master when the run is over.
 pub(crate) struct Inheritance {
     pub(crate) master: Pid,
-    /// The lowest descriptor that is the master's alone.
-    base: RawFd,
+    room: Room,
     mask: SignalSet,
     sigchld: SavedAction,
     has_default_sigint: bool,
@@ -42,7 +42,7 @@ impl Inheritance {
     /// Notes what the program has, then makes it fit for a master: ending signals blocked (they come
     /// through a descriptor), SIGCHLD at its default (if it is ignored, exit statuses are lost), as
     /// many descriptors as are allowed.
-    pub(crate) fn note(base: RawFd) -> Result<Inheritance, Error> {
+    pub(crate) fn note(room: Room) -> Result<Inheritance, Error> {
         let doing = || Error::system("preparing signals and limits for a master");
         let descriptors = process::get_limit(Resource::DescriptorCount).map_err(doing())?;
         let raised = Limit {
@@ -63,7 +63,7 @@ impl Inheritance {
         let mask = signal::block(&ending).map_err(doing())?;
         Ok(Inheritance {
             master: Pid::this(),
-            base,
+            room,
             mask,
             sigchld,
             has_default_sigint,
@@ -84,9 +84,17 @@ impl Inheritance {
 
     /// In a worker. Failures are not told: each call takes values that the kernel gave before.
     pub(crate) fn restore_in_worker(&self) {
+        let mut from = self.room.base;
+        for &kept in &self.room.kept {
+            if from < kept {
+                // SAFETY: as below.
+                let _ = unsafe { process::close_range(from, kept - 1) };
+            }
+            from = kept + 1;
+        }
         // SAFETY: the descriptors from here on are the master's (invariant 1); their owners lie in
         // memory that a worker never touches or drops.
-        let _ = unsafe { process::close_range(self.base, RawFd::MAX) };
+        let _ = unsafe { process::close_range(from, RawFd::MAX) };
         if self.has_default_sigint {
             let _ = signal::set_empty_handler(signal::SIGINT);
         }
@@ -107,28 +115,34 @@ impl Drop for Inheritance {
     }
 }
 
-/// The lowest number for the master's descriptors: far above what the program has open, so that the
+/// Where the master's descriptors lie.
+pub(crate) struct Room {
+    /// None of them is lower.
+    pub(crate) base: RawFd,
+    /// What the program itself has open from there on, in ascending order.
+    kept: Vec<RawFd>,
+}
+
+/// Chooses the lowest number for the master's descriptors: far above what the program has open, so that the
 /// program's own never come to lie among them, and low enough to keep the table that each fork
 /// copies short.
-pub(crate) fn choose_base() -> Result<RawFd, Error> {
+pub(crate) fn choose_room() -> Result<Room, Error> {
     const LEAST: RawFd = 256;
     /// What the program may still open without reaching the base.
-    const ROOM: RawFd = 64;
+    const SPACE: RawFd = 64;
     let doing = || Error::system("looking for room for the master's descriptors");
-    let highest = process::open_descriptors()
-        .map_err(doing())?
-        .into_iter()
-        .max()
-        .unwrap_or(2);
+    let mut open = process::open_descriptors().map_err(doing())?;
+    open.sort_unstable();
+    let highest = open.last().copied().unwrap_or(2);
     let hard = process::get_limit(Resource::DescriptorCount)
         .map_err(doing())?
         .hard;
     let most = hard.map_or(RawFd::MAX, |limit| {
         RawFd::try_from(limit).unwrap_or(RawFd::MAX)
     });
-    Ok(LEAST
-        .max(highest.saturating_add(ROOM))
-        .min((most / 2).max(highest + 1)))
+    let base = LEAST.max(highest.saturating_add(SPACE)).min(most / 2);
+    open.retain(|&fd| fd >= base);
+    Ok(Room { base, kept: open })
 }
 
 /// Moves a descriptor among the master's.
