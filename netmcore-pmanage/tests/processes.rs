@@ -10,7 +10,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use child::{Child, wait_for_a_waiter};
+use child::{Child, wait_for_an_opener};
 use netmcore_pmanage::log::RECORD_NAME;
 use netmcore_pmanage::record::Tail;
 use netmcore_pmanage::{KernelObject, Log};
@@ -168,7 +168,7 @@ fn lock_excludes_other_processes_and_threads() {
         log.register(&[container("/process".to_owned())]).unwrap();
         done.ring().unwrap();
     });
-    wait_for_a_waiter(guard.file());
+    wait_for_an_opener(&path, writer.pid, 1);
     // Closing another descriptor of the file gives nothing up.
     drop(open());
     assert!(!wait_readable(&done, Some(Deadline::after(Duration::from_millis(50)))).unwrap());
@@ -181,7 +181,7 @@ fn lock_excludes_other_processes_and_threads() {
     let before = fs::read(&path).unwrap();
     thread::scope(|scope| {
         let writer = scope.spawn(|| log.register(&[container("/thread".to_owned())]));
-        wait_for_a_waiter(guard.file());
+        wait_for_an_opener(&path, Pid::this(), 1);
         assert!(!writer.is_finished());
         assert_eq!(fs::read(&path).unwrap(), before);
         drop(guard);
@@ -226,7 +226,7 @@ fn removed_record_is_made_anew() {
     let guard = OfdGuard::lock(OpenOptions::new().write(true).open(&path).unwrap()).unwrap();
     thread::scope(|scope| {
         let writer = scope.spawn(|| log.register(&[container("/a".to_owned())]));
-        wait_for_a_waiter(guard.file());
+        wait_for_an_opener(&path, Pid::this(), 1);
         fs::remove_file(&path).unwrap();
         drop(guard);
         writer.join().unwrap().unwrap();

@@ -10,6 +10,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,27 @@ impl Child {
     pub fn kill(self) {
         self.pidfd.send_signal(SIGKILL).expect("a kill");
         self.wait();
+    }
+}
+
+/// Waits until the process has the record open more often than that: what we open, we lock next. (We ask again
+/// and again for the lock, so the kernel lists no waiter.)
+pub fn wait_for_an_opener(record: &Path, pid: Pid, already: usize) {
+    let record = record.canonicalize().unwrap();
+    let started = Instant::now();
+    let open = || {
+        fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .filter(|target| *target == record)
+            .count()
+    };
+    while open() <= already {
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "nobody opens the record"
+        );
+        thread::yield_now();
     }
 }
 
