@@ -57,6 +57,7 @@ fn in_a_child(body: impl FnOnce()) -> ExitStatus {
             let _ = child.send_signal(SIGKILL);
             panic!("it hangs; somebody died at {:?}", crash::died_at());
         }
+        // sleep: between two looks at the child; how long does not matter.
         std::thread::sleep(Duration::from_micros(300));
     }
 }

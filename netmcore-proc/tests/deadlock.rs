@@ -145,6 +145,7 @@ fn deadlock_of_some_waits_for_the_others_to_end() {
     let mut master = trial.master();
     let ended = Channel::new();
     let busy = master.def_process(move |(): ()| {
+        // sleep: the others are to wait for longer than the master takes to look.
         std::thread::sleep(Duration::from_millis(300));
         ended.send(1);
     });
@@ -162,6 +163,7 @@ fn deadlock_is_found_when_a_second_thread_ends() {
     let ended = Channel::new();
     let first = define_embrace(&mut master, move || {
         std::thread::spawn(move || {
+            // sleep: the others are to wait for longer than the master takes to look.
             std::thread::sleep(Duration::from_millis(300));
             ended.send(1);
         });
@@ -182,6 +184,7 @@ fn deadlock_is_found_when_one_that_could_go_on_dies() {
         waiter.start_detached(&()).unwrap();
         let victim = pids.receive_pid();
         std::thread::spawn(move || {
+            // sleep: everybody is to wait before the victim is killed; sooner tests less, and still passes.
             std::thread::sleep(Duration::from_millis(200));
             kill(victim, SIGKILL);
         });
@@ -223,6 +226,7 @@ fn second_thread_that_goes_on_is_no_deadlock() {
     let inner = master.def_process(move |outer: Running<u64>| {
         let join = std::thread::spawn(move || outer.join());
         // This thread sleeps, while everybody else waits for a process that waits for a process.
+        // sleep: the others are to wait for longer than the master takes to look.
         std::thread::sleep(Duration::from_millis(500));
         gate.send(5);
         join.join().unwrap()
@@ -240,6 +244,7 @@ fn second_thread_that_goes_on_is_no_deadlock() {
     let outer: Process<(), u64> = master.declare();
     let inner = master.def_process(move |outer: Running<u64>| {
         std::thread::spawn(move || {
+            // sleep: the others are to wait for longer than the master takes to look.
             std::thread::sleep(Duration::from_millis(500));
             std::process::exit(3);
         });

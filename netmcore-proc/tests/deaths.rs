@@ -313,6 +313,7 @@ fn signals_are_told() {
         let suicide = |signal: i32| {
             kill(Pid::this(), signal);
             // Delivered before `kill` returns, or soon.
+            // sleep: the process dies in it.
             std::thread::sleep(Duration::from_secs(100));
         };
         for signal in [1, 9, 10, 14, 15] {
@@ -389,6 +390,7 @@ fn resident_memory_beyond_the_limit_is_told() {
         let filled = std::hint::black_box([depth; 512]);
         match depth {
             0 => {
+                // sleep: the process is killed in it.
                 std::thread::sleep(Duration::from_secs(100));
                 0
             }
@@ -440,6 +442,7 @@ fn time_limit_ends_the_idle_and_the_busy() {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(100) {
             if !is_busy {
+                // sleep: the process is killed in it.
                 std::thread::sleep(Duration::from_secs(100));
             }
         }
@@ -490,6 +493,7 @@ fn time_limit_counts_from_the_start_of_the_function() {
         kill(master, netmcore_sys::signal::SIGSTOP);
         let limited = StartOptions::new().time_limit(Duration::from_secs(1));
         let running = quick.start_with(&3, limited).unwrap();
+        // sleep: longer than the time limit, while the master is stopped.
         std::thread::sleep(Duration::from_millis(1500));
         kill(master, netmcore_sys::signal::SIGCONT);
         assert_eq!(running.join(), Ok(3));
@@ -501,6 +505,7 @@ fn finished_process_has_kept_its_limits() {
     let trial = Trial::new();
     let mut master = trial.master();
     let quick = master.def_process(|micros: u64| {
+        // sleep: the work of the process, of a length that the test varies.
         std::thread::sleep(Duration::from_micros(micros));
         vec![micros; 10]
     });
@@ -688,6 +693,7 @@ fn killed_process_is_told() {
     master.define(suicidal, move |(): ()| {
         let me = self_process_id().unwrap();
         let _ = suicidal.join_point().running(me).kill();
+        // sleep: the process is killed in it.
         std::thread::sleep(Duration::from_secs(100));
     });
     let first = master.def_process(move |(): ()| {

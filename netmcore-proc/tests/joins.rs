@@ -1009,6 +1009,7 @@ fn nowait_works_in_the_master_after_the_run() {
         assert!(all_ended(&ids));
         let done = spawn(
             |()| {
+                // sleep: the work of the process.
                 std::thread::sleep(Duration::from_millis(50));
             },
             &(),

@@ -134,6 +134,7 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
             start.elapsed() < Duration::from_secs(10),
             "waited ten seconds for this: {what}"
         );
+        // sleep: between two looks; how long does not matter.
         std::thread::sleep(Duration::from_micros(200));
     }
 }
