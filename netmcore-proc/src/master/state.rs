@@ -568,3 +568,456 @@ impl State {
         self.workers.get(&worker)?.process.map(User::Process)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    const MS: Nanos = 1_000_000;
+    const GRACE: Duration = Duration::from_millis(100);
+    const ENDED: ExitStatus = ExitStatus::Exited { code: 0 };
+
+    /// A worker as it really is, whatever the state knows of it.
+    #[derive(Clone, Debug, Default)]
+    struct Body {
+        place: Option<u32>,
+        process: Option<ProcessId>,
+        limits: Limits,
+        started: Option<Nanos>,
+        killed_for: Option<KillCause>,
+        is_killed: bool,
+    }
+
+    /// The world around the state: it performs actions, and checks that they may be performed.
+    struct World {
+        state: State,
+        now: Nanos,
+        bodies: BTreeMap<WorkerIndex, Body>,
+        queue: VecDeque<(ProcessId, Limits)>,
+        next_process: u64,
+        ready_target: usize,
+        worker_limit: u32,
+        forks_fail: bool,
+        last_failure: Option<Nanos>,
+        phases: Vec<Phase>,
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Start { limits: Limits },
+        ReadyClaims { which: usize },
+        NotesStart { which: usize },
+        UsesMemory { which: usize, bytes: u64 },
+        Ends { which: usize },
+        Advance { ms: u64 },
+        ForksFail { fail: bool },
+        Round,
+        Signal,
+        ShutdownAsked,
+        Deadlocked,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let limits = (prop::option::of(1_u64..50), prop::option::of(1_u64..100));
+        let limits = limits.prop_map(|(ms, bytes)| Limits {
+            memory_bytes: bytes,
+            time_ns: ms.map(|ms| ms * MS),
+        });
+        prop_oneof![
+            8 => prop_oneof![Just(Limits::default()), limits].prop_map(|limits| Op::Start { limits }),
+            6 => any::<usize>().prop_map(|which| Op::ReadyClaims { which }),
+            4 => any::<usize>().prop_map(|which| Op::NotesStart { which }),
+            2 => (any::<usize>(), 0_u64..150).prop_map(|(which, bytes)| Op::UsesMemory { which, bytes }),
+            5 => any::<usize>().prop_map(|which| Op::Ends { which }),
+            3 => (1_u64..60).prop_map(|ms| Op::Advance { ms }),
+            1 => any::<bool>().prop_map(|fail| Op::ForksFail { fail }),
+            12 => Just(Op::Round),
+            1 => prop_oneof![
+                30 => Just(Op::Round),
+                1 => Just(Op::Signal),
+                1 => Just(Op::ShutdownAsked),
+                1 => Just(Op::Deadlocked),
+            ],
+        ]
+    }
+
+    impl World {
+        fn new(ready_target: usize, worker_limit: u32) -> World {
+            let mut state = State::new(ResourceTable::starting_at(1));
+            state.begin(GRACE, ready_target, worker_limit as usize);
+            World {
+                state,
+                now: 1,
+                bodies: BTreeMap::new(),
+                queue: VecDeque::new(),
+                next_process: 1,
+                ready_target,
+                worker_limit,
+                forks_fail: false,
+                last_failure: None,
+                phases: Vec::new(),
+            }
+        }
+
+        fn idle(&self) -> Vec<WorkerIndex> {
+            let idle = |body: &Body| body.place.is_some() && body.process.is_none();
+            let bodies = self.bodies.iter().filter(|(_, body)| idle(body));
+            bodies.map(|(&worker, _)| worker).collect()
+        }
+
+        fn pick(&self, which: usize, from: Vec<WorkerIndex>) -> Option<WorkerIndex> {
+            (!from.is_empty()).then(|| from[which % from.len()])
+        }
+
+        /// What the loop does with an event.
+        fn happen(&mut self, event: Event) {
+            let mut events = VecDeque::from([event]);
+            while let Some(event) = events.pop_front() {
+                let mut actions = Vec::new();
+                self.state.step(event, &mut actions);
+                for action in actions {
+                    self.perform(action, &mut events);
+                }
+            }
+        }
+
+        fn perform(&mut self, action: Action, events: &mut VecDeque<Event>) {
+            let is_shutting_down = !self.phases.is_empty();
+            match action {
+                Action::ForkReady { worker, place } => {
+                    assert!(!is_shutting_down, "no forks after the shutdown");
+                    assert!((place as usize) < READY_LIMIT);
+                    let is_taken = self
+                        .bodies
+                        .values()
+                        .any(|body| body.process.is_none() && body.place == Some(place));
+                    assert!(!is_taken, "place {place} is taken");
+                    let body = Body {
+                        place: Some(place),
+                        ..Body::default()
+                    };
+                    if self.fork(worker, body) {
+                        events.push_back(Event::Born {
+                            worker,
+                            place: Some(place),
+                            process: None,
+                            limits: Limits::default(),
+                        });
+                    } else {
+                        let (place, now) = (Some(place), self.now);
+                        events.push_back(Event::NotBorn { worker, place, now });
+                    }
+                }
+                Action::ForkForOldest { worker } => {
+                    assert!(!is_shutting_down, "no forks after the shutdown");
+                    let Some((process, limits)) = self.queue.pop_front() else {
+                        self.check_index(worker);
+                        return events.push_back(Event::Unneeded { worker });
+                    };
+                    let body = Body {
+                        process: Some(process),
+                        limits,
+                        ..Body::default()
+                    };
+                    if self.fork(worker, body) {
+                        events.push_back(Event::Born {
+                            worker,
+                            place: None,
+                            process: Some(process),
+                            limits,
+                        });
+                    } else {
+                        let (place, now) = (None, self.now);
+                        events.push_back(Event::NotBorn { worker, place, now });
+                        events.push_back(Event::FailedToStart { process });
+                    }
+                }
+                Action::Settle { worker, .. } => {
+                    let body = self.bodies.remove(&worker).expect("it lived until now");
+                    let settled = Settled {
+                        process: body.process,
+                        in_order: !body.is_killed,
+                    };
+                    events.push_back(Event::Settled { worker, settled });
+                }
+                Action::KillFor {
+                    worker,
+                    process,
+                    cause,
+                } => {
+                    let now = self.now;
+                    let body = self.bodies.get_mut(&worker).expect("it lives");
+                    assert_eq!(body.process, Some(process));
+                    assert_eq!(body.killed_for, None, "killed twice");
+                    if cause == KillCause::Time {
+                        let end = body.started.unwrap() + body.limits.time_ns.unwrap();
+                        assert!(end <= now, "killed too early");
+                    }
+                    body.killed_for = Some(cause);
+                    body.is_killed = true;
+                }
+                Action::Kill { worker } => {
+                    self.bodies.get_mut(&worker).expect("it lives").is_killed = true;
+                }
+                Action::EnterPhase(phase) => self.phases.push(phase),
+                Action::FailQueued => self.queue.clear(),
+                Action::SampleMemory { worker, process } => {
+                    let body = &self.bodies[&worker];
+                    assert_eq!(body.process, Some(process));
+                    assert!(body.limits.memory_bytes.is_some());
+                }
+                Action::ClosePlace { place } => {
+                    let is_idle = |worker| self.bodies[&worker].place == Some(place);
+                    assert!(!self.idle().into_iter().any(is_idle), "{place} is in use");
+                }
+                Action::Destroy(id, _) => panic!("{id} was never created"),
+            }
+        }
+
+        fn check_index(&self, worker: WorkerIndex) {
+            assert!(!self.bodies.contains_key(&worker), "{worker:?} is in use");
+            assert!((1..self.worker_limit).contains(&worker.0), "{worker:?}");
+        }
+
+        fn fork(&mut self, worker: WorkerIndex, body: Body) -> bool {
+            self.check_index(worker);
+            match self.forks_fail {
+                true => self.last_failure = Some(self.now),
+                false => drop(self.bodies.insert(worker, body)),
+            }
+            !self.forks_fail
+        }
+
+        fn round(&mut self) {
+            let unclaimed: Vec<WorkerIndex> = self.state.unclaimed().collect();
+            for worker in unclaimed {
+                let body = &self.bodies[&worker];
+                if let Some(process) = body.process {
+                    let limits = body.limits;
+                    self.happen(Event::Claimed {
+                        worker,
+                        process,
+                        limits,
+                    });
+                }
+            }
+            let unstarted: Vec<ProcessId> = self.state.unstarted().collect();
+            for process in unstarted {
+                let mut bodies = self.bodies.values();
+                let body = bodies.find(|body| body.process == Some(process));
+                if let Some(at) = body.expect("it runs").started {
+                    self.happen(Event::Started { process, at });
+                }
+            }
+            let queue = QueueFacts {
+                queued: self.queue.len(),
+                idle: self.idle().len(),
+            };
+            let now = self.now;
+            self.happen(Event::Survey { now, queue });
+            self.check_round(queue);
+        }
+
+        fn check_round(&self, before: QueueFacts) {
+            let known: Vec<WorkerIndex> = self.state.workers().collect();
+            let live: Vec<WorkerIndex> = self.bodies.keys().copied().collect();
+            assert_eq!(known, live);
+            assert!(self.idle().len() <= self.ready_target, "too many are ready");
+            for (worker, body) in &self.bodies {
+                let user = self.state.user(*worker);
+                assert_eq!(user, body.process.map(User::Process), "{worker:?}");
+                let (Some(started), Some(limit)) = (body.started, body.limits.time_ns) else {
+                    continue;
+                };
+                let is_late = started + limit <= self.now;
+                let is_over = self.state.is_over() || self.state.phase == RunPhase::Killing;
+                assert!(!is_late || body.is_killed || is_over, "{worker:?} is late");
+                if !is_late && !body.is_killed && !is_over {
+                    let wake_at = self.state.wake_at().expect("there is a limit");
+                    assert!(wake_at <= started + limit, "it would sleep too long");
+                }
+            }
+            if !self.state.is_running() {
+                return;
+            }
+            let has_room = self.bodies.len() + 1 < self.worker_limit as usize;
+            let pause_end = self.last_failure.map_or(0, |at| at + FORK_PAUSE_NS);
+            if has_room && !self.forks_fail {
+                let unserved = before.queued.saturating_sub(before.idle);
+                let left = before.queued - unserved.min(FORKS_PER_ROUND);
+                assert_eq!(self.queue.len(), left, "the queue is served");
+                if self.now >= pause_end {
+                    assert_eq!(self.idle().len(), self.ready_target, "as many are ready");
+                }
+            }
+            if self.now < pause_end {
+                assert!(self.state.wake_at().is_some_and(|at| at <= pause_end));
+            }
+        }
+
+        fn apply(&mut self, op: Op) {
+            let is_over = self.state.is_over();
+            let all = || self.bodies.keys().copied().collect::<Vec<_>>();
+            match op {
+                Op::Start { limits } => {
+                    if self.phases.is_empty() {
+                        let process = ProcessId::from_raw(self.next_process);
+                        self.next_process += 1;
+                        self.queue.push_back((process, limits));
+                    }
+                }
+                Op::ReadyClaims { which } => {
+                    if let Some(worker) = self.pick(which, self.idle())
+                        && let Some((process, limits)) = self.queue.pop_front()
+                    {
+                        let body = self.bodies.get_mut(&worker).unwrap();
+                        body.process = Some(process);
+                        body.limits = limits;
+                    }
+                }
+                Op::NotesStart { which } => {
+                    if let Some(worker) = self.pick(which, all()) {
+                        let body = self.bodies.get_mut(&worker).unwrap();
+                        if body.process.is_some() {
+                            body.started.get_or_insert(self.now);
+                        }
+                    }
+                }
+                Op::UsesMemory { which, bytes } => {
+                    if let Some(worker) = self.pick(which, all())
+                        && let Some(process) = self.bodies[&worker].process
+                    {
+                        self.happen(Event::MemoryUsed { process, bytes });
+                        let body = &self.bodies[&worker];
+                        let is_known = self.state.limited.contains_key(&process);
+                        let limit = body.limits.memory_bytes;
+                        let exceeds = limit.is_some_and(|limit| bytes > limit);
+                        assert!(!exceeds || !is_known || body.is_killed, "it lives on");
+                    }
+                }
+                Op::Ends { which } => {
+                    if let Some(worker) = self.pick(which, all()) {
+                        let status = ENDED;
+                        self.happen(Event::Ended { worker, status });
+                    }
+                }
+                Op::Advance { ms } => self.now += ms * MS,
+                Op::ForksFail { fail } => self.forks_fail = fail,
+                Op::Round => self.round(),
+                Op::Signal => self.happen(Event::Signal(15)),
+                Op::ShutdownAsked => self.happen(Event::ShutdownAsked),
+                Op::Deadlocked => self.happen(Event::Deadlocked {
+                    who: Vec::new(),
+                    on_what: Vec::new(),
+                }),
+            }
+            assert!(self.phases.len() <= 1, "the shutdown begins once");
+            assert!(!is_over || self.state.is_over(), "over stays over");
+            assert!(!self.state.is_over() || self.bodies.is_empty());
+        }
+
+        /// Whatever has happened: asked to, it ends, at the latest when the grace period is over and those
+        /// that were killed are dead.
+        fn end(&mut self) {
+            self.happen(Event::ShutdownAsked);
+            assert_eq!(self.phases, [Phase::ShuttingDown]);
+            assert!(self.state.end_reason().is_some());
+            assert_eq!(self.queue, []);
+            self.round();
+            self.now += GRACE.as_nanos() as Nanos;
+            if !self.state.is_over() && self.state.phase != RunPhase::Killing {
+                let wake_at = self.state.wake_at();
+                assert!(
+                    wake_at.is_some_and(|at| at <= self.now),
+                    "it would sleep on"
+                );
+            }
+            self.round();
+            assert!(
+                self.bodies.values().all(|body| body.is_killed),
+                "some are spared"
+            );
+            for worker in self.bodies.keys().copied().collect::<Vec<_>>() {
+                let status = ENDED;
+                self.happen(Event::Ended { worker, status });
+            }
+            self.round();
+            assert!(self.state.is_over());
+            assert_eq!(self.state.wake_at(), None);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn state_keeps_its_promises_whatever_happens(
+            ready_target in 0_usize..5,
+            worker_limit in 2_u32..40,
+            ops in prop::collection::vec(op(), 1..200),
+        ) {
+            let mut world = World::new(ready_target, worker_limit);
+            for op in ops {
+                world.apply(op);
+            }
+            world.end();
+        }
+    }
+
+    #[test]
+    fn end_of_the_first_process_ends_the_run() {
+        for is_known_before in [false, true] {
+            let mut world = World::new(1, 10);
+            world.round();
+            world.apply(Op::Start {
+                limits: Limits::default(),
+            });
+            world.apply(Op::ReadyClaims { which: 0 });
+            let first = ProcessId::from_raw(1);
+            world.state.set_first(first, is_known_before);
+            world.round();
+            if is_known_before {
+                assert_eq!(world.phases, [Phase::ShuttingDown]);
+            }
+            for worker in world.bodies.keys().copied().collect::<Vec<_>>() {
+                let status = ENDED;
+                world.happen(Event::Ended { worker, status });
+            }
+            assert_eq!(world.phases, [Phase::ShuttingDown]);
+            assert_eq!(
+                world.state.end_reason(),
+                Some(&EndReason::FirstProcessEnded)
+            );
+            world.round();
+            assert!(world.state.is_over());
+        }
+    }
+
+    #[test]
+    fn second_signal_kills_at_once() {
+        let mut world = World::new(3, 10);
+        world.round();
+        world.apply(Op::Signal);
+        world.round();
+        assert!(world.bodies.values().all(|body| !body.is_killed));
+        world.apply(Op::Signal);
+        assert!(world.bodies.values().all(|body| body.is_killed));
+        world.end();
+    }
+
+    #[test]
+    fn failed_fork_is_not_repeated_at_once() {
+        let mut world = World::new(2, 10);
+        world.forks_fail = true;
+        world.round();
+        world.forks_fail = false;
+        world.round();
+        assert_eq!(world.idle(), [], "too soon");
+        world.now += FORK_PAUSE_NS;
+        world.round();
+        assert_eq!(world.idle().len(), 2);
+        world.end();
+    }
+}
