@@ -623,6 +623,11 @@ impl Failure {
         }
     }
 
+    /// Whether the record may be of the panic that was caught: by what it said.
+    pub(crate) fn is_of_panic(&self, payload: &(dyn Any + Send)) -> bool {
+        matches!(self, Failure::Panicked { message, .. } if *message == panic_message(payload))
+    }
+
     pub(crate) fn argument_undecodable(error: &CodecError) -> Failure {
         Failure::ArgumentUndecodable {
             type_name: error.type_name.into(),

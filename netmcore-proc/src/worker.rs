@@ -83,6 +83,7 @@ impl Call<'_> {
         control.free_argument(self.job.process);
         manage::landed_argument(self.job.process);
         let result = user_code(|| f(argument));
+        leave_if_foreign(0);
         let block = encode_block(
             self.runtime,
             self.codec,
@@ -198,9 +199,12 @@ fn serve(runtime: &'static Runtime, index: WorkerIndex, job: Job) {
         call(runtime, job)
     }));
     let outcome = outcome.unwrap_or_else(|payload| {
+        leave_if_foreign(101);
         // Nothing was noted if the program has set a hook of its own since the run began, or has called
-        // `resume_unwind`, which calls none.
-        let noted = LAST_PANIC.take();
+        // `resume_unwind`, which calls none; then there may be a note of a panic before it.
+        let noted = LAST_PANIC
+            .take()
+            .filter(|noted| noted.is_of_panic(&*payload));
         Err(noted.unwrap_or_else(|| Failure::caught(&*payload)))
     });
     close_panic_notes(control, process);
@@ -219,6 +223,14 @@ fn serve(runtime: &'static Runtime, index: WorkerIndex, job: Job) {
     flush_output();
     crash_point!("proc.worker.deliver");
     control.deliver(process, index, succeeded, block);
+}
+
+/// Ends a child that the function has forked and that came out of the function with its parent's stack: the
+/// process is its parent's.
+fn leave_if_foreign(code: i32) {
+    if context::role() != context::Role::Worker {
+        process::exit_now(code);
+    }
 }
 
 fn call(runtime: &'static Runtime, job: Job) -> Result<Option<Block>, Failure> {

@@ -2,7 +2,7 @@
 //! against failures that harm others or leave memory behind.
 //!
 //! # Safety
-//! One test writes to address 8, in a process that is to die of it.
+//! One test writes to address 8, in a process that is to die of it; another forks a worker, which has one thread.
 #![allow(unsafe_code)]
 
 mod trial;
@@ -14,7 +14,7 @@ use netmcore_proc::{
     Codec, Error, ExceededLimit, JoinError, Process, ProcessOptions, Running, StartOptions,
     on_worker_start, self_process_id, spawn,
 };
-use netmcore_sys::process::{self, Pid, Resource};
+use netmcore_sys::process::{self, Forked, Pid, PidFd, Resource};
 use serde::{Deserialize, Serialize};
 use trial::{
     Channel, SIGABRT, SIGKILL, SIGSEGV, Trial, in_a_worker, is_killed_by, kill, until,
@@ -30,6 +30,8 @@ netmcore_forktest::forktests!(
     panic_while_a_result_is_dropped_is_told,
     panic_while_panicking_is_told,
     panic_in_another_thread_is_that_threads_affair,
+    panic_that_is_resumed_is_not_taken_for_an_earlier_one,
+    forked_child_that_comes_out_of_the_function_delivers_nothing,
     panics_leave_no_memory_behind,
     exit_is_told_with_its_code,
     signals_are_told,
@@ -256,6 +258,52 @@ fn panic_in_another_thread_is_that_threads_affair() {
         for _ in 0..50 {
             let result = spawn(leaves_them, &()).unwrap().join();
             assert_eq!(result, Ok(vec![1; 100]));
+        }
+    });
+}
+
+fn panic_that_is_resumed_is_not_taken_for_an_earlier_one() {
+    in_a_worker(|| {
+        let resumes = |is_other: bool| -> u64 {
+            let payload = catch_unwind(|| panic!("the {}", "one")).unwrap_err();
+            match is_other {
+                true => std::panic::resume_unwind(Box::new("the other")),
+                false => std::panic::resume_unwind(payload),
+            }
+        };
+        for (is_other, expected) in [(true, "the other"), (false, "the one")] {
+            let error = spawn(resumes, &is_other).unwrap().join().unwrap_err();
+            let JoinError::Panicked {
+                message, location, ..
+            } = &error
+            else {
+                panic!("{error}");
+            };
+            assert_eq!(message, expected);
+            assert_eq!(location.is_some(), !is_other, "where it began is known");
+        }
+    });
+}
+
+fn forked_child_that_comes_out_of_the_function_delivers_nothing() {
+    in_a_worker(|| {
+        let forks = |panics: bool| -> (u32, bool) {
+            // SAFETY: this worker has one thread, and the child only returns or panics.
+            match unsafe { process::fork() }.unwrap() {
+                Forked::Child if panics => panic!("in the child"),
+                Forked::Child => (0, true),
+                Forked::Parent(pid) => {
+                    let status = PidFd::open(pid).unwrap().wait().unwrap();
+                    (std::process::id(), status.is_success())
+                }
+            }
+        };
+        for panics in [false, true] {
+            for _ in 0..10 {
+                let (pid, is_success) = spawn(forks, &panics).unwrap().join().unwrap();
+                assert!(pid != 0, "it is the child's result");
+                assert_eq!(is_success, !panics);
+            }
         }
     });
 }
