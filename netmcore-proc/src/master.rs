@@ -205,7 +205,7 @@ impl Core {
 
     /// Answers a request of this process itself.
     fn answer(&mut self, request: Request) -> Result<Reply> {
-        if let (None, Request::Release { id }) = (&self.opened, &request) {
+        if let (None, false, Request::Release { id }) = (&self.opened, self.is_over, &request) {
             // A guard of an earlier master: nothing is opened for what cannot be here.
             let (expected, found) = (None, None);
             return Err(Error::NoResource {

@@ -1,5 +1,8 @@
 //! The table of the module docs, row by row, with workers that are only numbers.
 
+use netmcore_sys::process::ExitStatus;
+use netmcore_sys::signal::SIGABRT;
+
 use super::*;
 
 const KILLED: ExitStatus = ExitStatus::Signaled {
