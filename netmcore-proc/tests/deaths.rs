@@ -7,6 +7,7 @@
 
 mod trial;
 
+use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,9 @@ netmcore_forktest::forktests!(
     signals_are_told,
     stack_overflow_is_told_as_a_signal,
     allocation_beyond_the_memory_limit_is_told,
+    allocation_beyond_the_memory_limit_is_told_after_a_backtrace,
+    other_aborts_of_the_limited_are_not_for_lack_of_memory,
+    other_aborts_of_the_limited_are_told_after_a_backtrace,
     resident_memory_beyond_the_limit_is_told,
     memory_of_the_unlimited_is_not_limited,
     time_limit_ends_the_idle_and_the_busy,
@@ -399,7 +403,27 @@ fn stack_overflow_is_told_as_a_signal() {
 
 const MIB: u64 = 1 << 20;
 
+/// Says whether backtraces are printed, whatever the tests were started with. Before anything panics: the standard
+/// library looks once.
+fn print_backtraces(yes: bool) {
+    // SAFETY: the test's process has one thread so far.
+    unsafe {
+        std::env::remove_var("RUST_LIB_BACKTRACE");
+        std::env::set_var("RUST_BACKTRACE", if yes { "1" } else { "0" });
+    }
+}
+
 fn allocation_beyond_the_memory_limit_is_told() {
+    print_backtraces(false);
+    exceed_the_memory_limit();
+}
+
+fn allocation_beyond_the_memory_limit_is_told_after_a_backtrace() {
+    print_backtraces(true);
+    exceed_the_memory_limit();
+}
+
+fn exceed_the_memory_limit() {
     let trial = Trial::new();
     let mut master = trial.master();
     let grows = master.def_process(|step: u64| {
@@ -427,6 +451,58 @@ fn allocation_beyond_the_memory_limit_is_told() {
         // Half of it is well.
         let running = fits.start_with(&(limit / 2), limited).unwrap();
         assert_eq!(running.join(), Ok(limit / 2));
+    });
+    trial.run(master, &first, &());
+}
+
+fn other_aborts_of_the_limited_are_not_for_lack_of_memory() {
+    print_backtraces(false);
+    abort_within_the_memory_limit();
+}
+
+fn other_aborts_of_the_limited_are_told_after_a_backtrace() {
+    print_backtraces(true);
+    abort_within_the_memory_limit();
+}
+
+fn abort_within_the_memory_limit() {
+    /// Has slots that are not written to, so that they hold what earlier calls have left.
+    #[inline(never)]
+    fn abort_in_a_large_frame() -> ! {
+        let mut slots = MaybeUninit::<[u64; 4000]>::uninit();
+        std::hint::black_box(&mut slots);
+        std::process::abort()
+    }
+    extern "C" fn cannot_unwind() {
+        panic!("at a boundary");
+    }
+    let trial = Trial::new();
+    let mut master = trial.master();
+    let aborts = master.def_process(|(): ()| -> u64 { std::process::abort() });
+    let aborts_deeper = master.def_process(|after: u64| -> u64 {
+        if after > 0 {
+            let too_long = std::hint::black_box(usize::MAX);
+            catch_unwind(|| Vec::<u64>::with_capacity(too_long)).unwrap_err();
+        }
+        abort_in_a_large_frame()
+    });
+    let panics = master.def_process(|(): ()| -> u64 {
+        cannot_unwind();
+        0
+    });
+    let first = master.def_process(move |(): ()| {
+        let limited = StartOptions::new().memory_limit(256 * MIB);
+        let plain = aborts.start_with(&(), limited).unwrap();
+        let error = plain.join().unwrap_err();
+        assert!(is_killed_by(SIGABRT, &error), "{error}");
+        for after_a_panic in [0, 1] {
+            let deeper = aborts_deeper.start_with(&after_a_panic, limited).unwrap();
+            let error = deeper.join().unwrap_err();
+            assert!(is_killed_by(SIGABRT, &error), "{after_a_panic}: {error}");
+        }
+        let panic = panics.start_with(&(), limited).unwrap();
+        let error = panic.join().unwrap_err();
+        assert!(matches!(error, JoinError::Panicked { .. }), "{error}");
     });
     trial.run(master, &first, &());
 }

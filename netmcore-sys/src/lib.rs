@@ -15,6 +15,7 @@ pub mod sem;
 pub mod shm;
 pub mod signal;
 pub mod socket;
+pub mod stack;
 
 pub use error::{Errno, Result, SysError};
 pub use name::{NameError, NameProblem, ObjectName};

@@ -374,13 +374,32 @@ pub fn executable_ranges() -> Result<Vec<Range<usize>>> {
     Ok(lines.filter_map(executable_range).collect())
 }
 
+/// The mapping that `address` lies in, `None` if there is none: for an address on the stack, the stack (of a thread: its
+/// stack, and neighbours of the same kind); from `/proc/self/maps`, `proc_pid_maps(5)`.
+///
+/// # Errors
+///
+/// Those of reading the file: `ENOENT` where `/proc` is not mounted.
+pub fn range_of(address: usize) -> Result<Option<Range<usize>>> {
+    const MAPS: &str = "/proc/self/maps";
+    let maps = std::fs::read(MAPS).during("read", MAPS)?;
+    let mut lines = maps.split(|&byte| byte == b'\n');
+    Ok(lines.find_map(|line| range(line).filter(|range| range.contains(&address))))
+}
+
 /// The range of a line like `55d0c0a00000-55d0c0a21000 r-xp 00000000 08:01 1234 /bin/x`, if it is executable.
 fn executable_range(line: &[u8]) -> Option<Range<usize>> {
-    let mut fields = line.split(|&byte| byte == b' ');
-    let range = std::str::from_utf8(fields.next()?).ok()?;
-    if fields.next()?.get(2) != Some(&b'x') {
+    let permissions = line.split(|&byte| byte == b' ').nth(1)?;
+    if permissions.get(2) != Some(&b'x') {
         return None;
     }
+    range(line)
+}
+
+/// The range of such a line.
+fn range(line: &[u8]) -> Option<Range<usize>> {
+    let range = line.split(|&byte| byte == b' ').next()?;
+    let range = std::str::from_utf8(range).ok()?;
     let (start, end) = range.split_once('-')?;
     let address = |digits| usize::from_str_radix(digits, 16).ok();
     Some(address(start)?..address(end)?)
@@ -406,6 +425,14 @@ mod tests {
         let on_the_heap = Box::new(0_u8);
         let there = (&raw const *on_the_heap).addr();
         assert!(!ranges.iter().any(|range| range.contains(&there)));
+    }
+
+    #[test]
+    fn variable_lies_in_a_range() {
+        let here = 0_u8;
+        let here = (&raw const here).addr();
+        assert!(range_of(here).unwrap().unwrap().contains(&here));
+        assert_eq!(range_of(8), Ok(None));
     }
 
     #[test]

@@ -421,7 +421,10 @@ static ABORT_HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 /// What it is for: when an allocation fails (a memory limit, [`Resource::DataBytes`](crate::process::Resource)),
 /// Rust aborts, and `errno` still is `ENOMEM`. The hook can leave a note of that in shared memory, so that the
 /// death can be told from a bug. The note is a hint: other causes may leave `ENOMEM` behind as well, and the message
-/// that is printed before may change it.
+/// that is printed before may change it: where `RUST_BACKTRACE` is set, it does.
+/// [`CallProbe`](crate::stack::CallProbe) says more.
+///
+/// The hook runs on the stack of the thread that aborts, below its frames, never on the alternate stack.
 ///
 /// The handler is inherited by forks; [`set_default`]`(SIGABRT)` takes it off. Calling this again replaces the hook.
 ///
@@ -436,8 +439,10 @@ static ABORT_HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 ///   system calls; no allocation, no lock, no panic.
 pub unsafe fn on_abort(hook: extern "C" fn(libc::c_int)) -> crate::Result<()> {
     ABORT_HOOK.store(hook as *mut (), Ordering::SeqCst);
+    let mut new = new_action(call_abort_hook as *const () as libc::sighandler_t);
+    new.sa_flags &= !libc::SA_ONSTACK;
     // SAFETY: the handler does what is async-signal-safe, given that the hook does; it does not return.
-    unsafe { set_handler(SIGABRT, call_abort_hook) }.map(drop)
+    unsafe { change_action(SIGABRT, Some(&new)) }.map(drop)
 }
 
 extern "C" fn call_abort_hook(_signal: libc::c_int) {
