@@ -265,8 +265,8 @@ fn call(runtime: &'static Runtime, job: Job) -> Result<Option<Block>, Failure> {
     }
 }
 
-/// Sets RLIMIT_DATA to what the worker uses now, as a copy of the master, plus nothing: the limit is
-/// on all private memory.
+/// Limits all private writable memory of the process, its copy of the master's included: RLIMIT_DATA.
+/// (RLIMIT_AS would count the arena.)
 fn limit_memory(bytes: u64) {
     let limit = Limit {
         soft: Some(bytes),
