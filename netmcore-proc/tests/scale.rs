@@ -5,8 +5,6 @@ mod trial;
 
 use std::os::fd::AsRawFd as _;
 use std::process::Command;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
 
 use netmcore_proc::{Error, JoinError, Process, Running, spawn};
@@ -285,7 +283,6 @@ fn memory_of_messages_is_given_back() {
 /// Waiters beyond what the machine allows: some live, the others are told why they do not; afterwards all is
 /// as before.
 fn start_too_many(trial: &Trial, ready_workers: usize, limit_name: &'static str) {
-    const NOBODY: u64 = u64::MAX;
     let mut master = trial.master().ready_workers(ready_workers);
     let (here, gate) = (Channel::new(), Channel::new());
     let waiter = master.def_process(move |number: u64| {
@@ -296,29 +293,23 @@ fn start_too_many(trial: &Trial, ready_workers: usize, limit_name: &'static str)
         for _ in 0..2 {
             let mut left: Vec<Running<u64>> = Vec::new();
             let mut refused = 0;
-            let here_count = AtomicU64::new(0);
-            std::thread::scope(|scope| {
-                // First, since threads count among the processes that are allowed.
-                scope.spawn(|| {
-                    while here.receive() != NOBODY {
-                        here_count.fetch_add(1, SeqCst);
+            let mut here_count = 0;
+            left.extend((0..60).map(|n| waiter.start(&n).unwrap()));
+            // Those that live wait for the gate. (No thread counts them: it would need a process, too.)
+            until("each lives or is refused", || {
+                left.retain(|one| match one.join_nowait() {
+                    Ok(None) => true,
+                    Err(JoinError::NotStarted { reason, .. }) => {
+                        assert!(reason.contains(limit_name), "{reason}");
+                        refused += 1;
+                        false
                     }
+                    other => panic!("{other:?}"),
                 });
-                left.extend((0..60).map(|n| waiter.start(&n).unwrap()));
-                // Those that live wait for the gate.
-                until("each lives or is refused", || {
-                    left.retain(|one| match one.join_nowait() {
-                        Ok(None) => true,
-                        Err(JoinError::NotStarted { reason, .. }) => {
-                            assert!(reason.contains(limit_name), "{reason}");
-                            refused += 1;
-                            false
-                        }
-                        other => panic!("{other:?}"),
-                    });
-                    here_count.load(SeqCst) == left.len() as u64
-                });
-                here.send(NOBODY);
+                while here.receive_nowait().is_some() {
+                    here_count += 1;
+                }
+                here_count == left.len()
             });
             assert!(refused > 0, "none was refused");
             assert!(!left.is_empty(), "none was started");

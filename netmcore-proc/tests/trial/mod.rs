@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use netmcore_pmanage::Log;
 use netmcore_proc::{Error, JoinError, Master, Process, Result};
+use netmcore_sys::futex::Deadline;
+use netmcore_sys::poll::wait_readable;
 use netmcore_sys::process::{self, Pid};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -110,6 +112,13 @@ impl Channel {
             .read_exact(&mut bytes)
             .expect("the pipe is open");
         u64::from_le_bytes(bytes)
+    }
+
+    /// The next number, if there is one now. For a single receiver.
+    pub fn receive_nowait(&self) -> Option<u64> {
+        let is_there =
+            wait_readable(&self.reader, Some(Deadline::now())).expect("the pipe is open");
+        is_there.then(|| self.receive())
     }
 
     /// A copy of the sending end.
