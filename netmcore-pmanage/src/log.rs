@@ -4,7 +4,8 @@
 //! call opens `netplex.pmanage` afresh, takes the record's lock, reads or appends, and closes.
 //!
 //! The lock is an open file description lock: it excludes the POSIX lock that the ancestor's tools
-//! take on the same file, and the other threads of this process, and no other close gives it up.
+//! take on the same file, and the other threads of this process, and no other close gives it up. It is
+//! asked for until a deadline: its holder may be stopped, and must not stop everybody else.
 //!
 //! Compaction happens at start only ([`recover`](crate::recover)) and in place, since the ancestor's tools would go on
 //! writing into a renamed file:
@@ -126,7 +127,7 @@ impl Log {
     ///
     /// # Blocking
     ///
-    /// While another process or thread reads or appends.
+    /// While another process or thread reads or appends; two seconds at the most, then [`Error::Io`].
     pub fn register(&self, objects: &[KernelObject]) -> Result<()> {
         self.append(Operation::Register, objects)
     }
@@ -140,7 +141,7 @@ impl Log {
     ///
     /// # Blocking
     ///
-    /// While another process or thread reads or appends.
+    /// While another process or thread reads or appends; two seconds at the most, then [`Error::Io`].
     pub fn unregister(&self, objects: &[KernelObject]) -> Result<()> {
         self.append(Operation::Unregister, objects)
     }
@@ -181,7 +182,7 @@ impl Log {
     ///
     /// # Blocking
     ///
-    /// While another process or thread reads or appends.
+    /// While another process or thread reads or appends; two seconds at the most, then [`Error::Io`].
     pub fn registered(&self) -> Result<Vec<KernelObject>> {
         Ok(self.contents()?.objects.into_iter().collect())
     }
@@ -194,7 +195,7 @@ impl Log {
     ///
     /// # Blocking
     ///
-    /// While another process or thread reads or appends.
+    /// While another process or thread reads or appends; two seconds at the most, then [`Error::Io`].
     pub fn contents(&self) -> Result<Contents> {
         match &*self.0 {
             Place::Memory(set) => Ok(Contents {
@@ -219,7 +220,8 @@ impl Log {
     ///
     /// # Blocking
     ///
-    /// While another process or thread reads or appends; they wait meanwhile, too.
+    /// While another process or thread reads or appends, two seconds at the most (then [`Error::Io`]); they wait
+    /// meanwhile, too.
     pub fn unlink_all(&self) -> Result<Recovery> {
         match &*self.0 {
             Place::Memory(set) => {

@@ -30,8 +30,8 @@
 //! 2. Blocks are tagged with the process id they belong to; ids are never used twice, so freeing
 //!    all blocks of a process twice is harmless.
 //! 3. A slot's fields are written by its `Preparing` asker only, and are constant from `Queued` to
-//!    `Free`, except `result`, `outcome` and `panic`, which the `Running` worker writes (or the
-//!    master, when that worker is dead).
+//!    `Free`, except `result`, `outcome`, `panic` and `flags`, which the `Running` worker writes (or the
+//!    master, when that worker is dead), and `joiner`, which whoever joins takes by compare-and-swap.
 //! 4. A bit in `idle` is set only for a live worker that has not claimed anything.
 //!
 //! **If a process dies here** [`Control::settle`] finds every slot whose actor it was and applies the

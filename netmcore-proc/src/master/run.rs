@@ -2,9 +2,10 @@
 //! decides, `perform` is the only place that acts.
 //!
 //! **Protocol.** Each round begins with a survey of the control block, then waits for descriptors: pidfds
-//! of workers, the doorbell, ending signals, the admin socket and its connections. The master never
-//! blocks on a worker: sockets do not block, locks are not taken, and what a worker sent is a claim that
-//! is checked; a bad frame closes that worker's connection and nothing else.
+//! of workers, the doorbell, ending signals, the admin socket and its connections. No worker can stop
+//! the master: sockets do not block, no lock in shared memory is taken, and the record's lock, which a
+//! stopped process may hold, is waited for two seconds at the most, after which the request fails. What
+//! a worker sent is a claim that is checked; a bad frame closes that worker's connection and nothing else.
 //!
 //! **Invariants.**
 //! 1. A descriptor is removed from the epoll set before it is closed: a fork may hold a copy, which would
