@@ -4,7 +4,8 @@
 //! `crash_point!("crate.file.step")`. Without the feature `crash-points` they are nothing. With it, and once
 //! a test has called `arm`, all processes forked since count the places they pass, together; the one that passes number *k* dies
 //! there by SIGKILL. A test runs a scenario once with `arm(None)` to count, then once for each *k*, and checks each time that
-//! the survivors are well.
+//! the survivors are well. Benchmarks are compiled with `--cfg netmcore_measured` (`cargo xtask bench`), which leaves the points out although
+//! the tests' feature is on.
 //!
 //! **If a process dies here.** That is the purpose. The counter lies in shared memory and is atomic.
 //!
@@ -17,7 +18,7 @@
 /// Marks a place where a test can kill the process; see [`crash`](crate::crash).
 ///
 /// Here the feature `crash-points` is on: it counts, and kills if it is this pass's turn.
-#[cfg(feature = "crash-points")]
+#[cfg(all(feature = "crash-points", not(netmcore_measured)))]
 #[macro_export]
 macro_rules! crash_point {
     ($name:literal) => {
@@ -27,8 +28,8 @@ macro_rules! crash_point {
 
 /// Marks a place where a test can kill the process; see [`crash`](crate::crash).
 ///
-/// Here the feature `crash-points` is off: it is nothing.
-#[cfg(not(feature = "crash-points"))]
+/// Here the feature `crash-points` is off, or benchmarks are compiled: it is nothing.
+#[cfg(any(not(feature = "crash-points"), netmcore_measured))]
 #[macro_export]
 macro_rules! crash_point {
     ($name:literal) => {
@@ -128,8 +129,17 @@ mod armed {
     }
 
     /// Counts a pass, and dies if it is its turn. Called by [`crash_point!`](crate::crash_point).
+    ///
+    /// Next to nothing in a process that was never armed: a plain `cargo bench` is built with the points, too.
+    #[inline]
     pub fn pass(name: &'static str) {
-        let Some(page) = page() else { return };
+        if let Some(page) = page() {
+            pass_on(page, name);
+        }
+    }
+
+    #[cold]
+    fn pass_on(page: &Page, name: &'static str) {
         if page.armed.load(SeqCst) == 0 {
             return;
         }
@@ -156,6 +166,7 @@ mod armed {
         }
     }
 
+    #[inline]
     fn page() -> Option<&'static Page> {
         // SAFETY: null, or the page that `map_page` mapped for ever and that only holds atomics.
         unsafe { PAGE.load(Acquire).as_ref() }

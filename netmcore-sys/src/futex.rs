@@ -130,7 +130,7 @@ pub fn wait(word: &AtomicU32, expected: u32, deadline: Option<Deadline>) -> Woke
     outcome(waited)
 }
 
-/// A fallback wait sleeps so long before it looks at the second word again. As short as a supervisor's
+/// A fallback wait sleeps so long before it looks at the words beside the first again. As short as a supervisor's
 /// reaction to a death may be late, and two hundred wake-ups a second cost less than 1 % of a processor.
 const FALLBACK_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -139,7 +139,7 @@ static WAITV_IS_MISSING: AtomicBool = AtomicBool::new(false);
 
 /// Sleeps while both words have their expected values, until one of them is woken: `futex_waitv` (Linux 5.16).
 ///
-/// Where that call is missing or filtered, it sleeps on `a` and looks at `b` every 5 ms.
+/// Where that call is missing or filtered, it sleeps on the first word and looks at the second every 5 ms.
 ///
 /// # Blocking
 ///
@@ -158,11 +158,27 @@ static WAITV_IS_MISSING: AtomicBool = AtomicBool::new(false);
 /// assert_eq!(futex::wait_two((&lock, 1), (&deaths, 7), deadline), Woken::Changed);
 /// ```
 pub fn wait_two(a: (&AtomicU32, u32), b: (&AtomicU32, u32), deadline: Option<Deadline>) -> Woken {
+    wait_any([a, b], deadline)
+}
+
+/// As [`wait_two`], on `N` words: at least one, and at most 128.
+///
+/// # Blocking
+///
+/// As [`wait`].
+///
+/// # Panics
+///
+/// If there are more or less words.
+pub fn wait_any<const N: usize>(
+    words: [(&AtomicU32, u32); N],
+    deadline: Option<Deadline>,
+) -> Woken {
     if WAITV_IS_MISSING.load(Ordering::Relaxed) {
-        return wait_two_by_looking(a, b, deadline);
+        return wait_any_by_looking(&words, deadline);
     }
     let timeout = deadline.map(Deadline::to_timespec);
-    let waiters = [waiter(a), waiter(b)];
+    let waiters = words.map(waiter);
     let waited = futex::waitv(
         &waiters,
         WaitvFlags::empty(),
@@ -172,7 +188,7 @@ pub fn wait_two(a: (&AtomicU32, u32), b: (&AtomicU32, u32), deadline: Option<Dea
     match waited {
         Err(Errno::NOSYS | Errno::PERM) => {
             WAITV_IS_MISSING.store(true, Ordering::Relaxed);
-            wait_two_by_looking(a, b, deadline)
+            wait_any_by_looking(&words, deadline)
         }
         waited => outcome(waited.map(drop)),
     }
@@ -187,18 +203,19 @@ fn waiter((word, expected): (&AtomicU32, u32)) -> Wait {
 }
 
 #[cold]
-fn wait_two_by_looking(
-    a: (&AtomicU32, u32),
-    b: (&AtomicU32, u32),
-    deadline: Option<Deadline>,
-) -> Woken {
+fn wait_any_by_looking(words: &[(&AtomicU32, u32)], deadline: Option<Deadline>) -> Woken {
+    let Some(((first, expected), others)) = words.split_first() else {
+        panic!("futex wait on no word");
+    };
     loop {
-        if b.0.load(Ordering::Acquire) != b.1 {
+        let is_changed =
+            |(word, expected): &(&AtomicU32, u32)| word.load(Ordering::Acquire) != *expected;
+        if others.iter().any(is_changed) {
             return Woken::Changed;
         }
         let look_again = Deadline::after(FALLBACK_INTERVAL);
         let until = deadline.map_or(look_again, |deadline| deadline.min(look_again));
-        match wait(a.0, a.1, Some(until)) {
+        match wait(first, *expected, Some(until)) {
             Woken::TimedOut if deadline != Some(until) => {}
             woken => return woken,
         }

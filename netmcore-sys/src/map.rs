@@ -29,6 +29,7 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
+use std::sync::atomic::AtomicU64;
 
 /// The size of a page in bytes, a power of two.
 pub fn page_size() -> usize {
@@ -309,6 +310,37 @@ pub unsafe fn populate_write(at: *mut u8, len: usize) -> Result<()> {
     )
 }
 
+/// Copies memory of this process, from `at` on, as far as it can be read: `process_vm_readv(2)` of oneself. Where touching it would be a
+/// `SIGBUS` or `SIGSEGV`, this is an error. What others write meanwhile is copied as it is found.
+///
+/// # Errors
+///
+/// `EFAULT` if it is not there, or not all of it; `EPERM` or `ENOSYS` where a sandbox forbids the call.
+pub fn copy_if_present(at: *const u8, into: &mut [u8]) -> Result<()> {
+    let local = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: at.cast_mut().cast(),
+        iov_len: into.len(),
+    };
+    let this = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the kernel writes to `into` only, which is ours, and reads from wherever it can.
+    let copied =
+        unsafe { libc::process_vm_readv(this, &raw const local, 1, &raw const remote, 1, 0) };
+    let errno = match usize::try_from(copied) {
+        Ok(copied) if copied == into.len() => return Ok(()),
+        Ok(_) => Errno::EFAULT,
+        Err(_) => Errno::last(),
+    };
+    Err(SysError::new(
+        "process_vm_readv",
+        format!("{} bytes at {at:p}", into.len()),
+        errno,
+    ))
+}
+
 /// Gives back the memory behind `[at, at + len)`, in the object itself: `MADV_REMOVE`. All mappings of it read zero
 /// from then on. It does by address what [`punch_hole`](crate::shm::punch_hole) does by offset.
 ///
@@ -345,6 +377,39 @@ pub unsafe fn exclude_from_dumps(at: *mut u8, len: usize) -> Result<()> {
         "madvise(MADV_DONTDUMP)",
         format_args!("{len} bytes at {at:p}"),
     )
+}
+
+/// Makes a word of this process alone, 0 at first, that is 0 again in each forked child: `MADV_WIPEONFORK` (Linux 4.14).
+///
+/// It takes a page, for good. The kernel wipes it whoever forks and however (libc's handlers need not run).
+/// A child that shares its parent's memory (`vfork`) shares the word too.
+///
+/// # Errors
+///
+/// `EINVAL` if Linux is older; `ENOMEM`.
+pub fn word_wiped_on_fork() -> Result<&'static AtomicU64> {
+    let len = page_size();
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let page = unsafe {
+        rustix::mm::mmap_anonymous(
+            ptr::null_mut(),
+            len,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE,
+        )
+    }
+    .during("mmap", "a page to be wiped on fork")?;
+    // SAFETY: the page is ours, and nobody has used it yet.
+    let advised = unsafe { advise(page.cast(), len, Advice::LinuxWipeOnFork) };
+    if let Err(errno) = advised {
+        // SAFETY: as before; nobody else knows of it.
+        let unmapped = unsafe { rustix::mm::munmap(page, len) };
+        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+        return Err(errno).during("madvise(MADV_WIPEONFORK)", format_args!("{page:p}"));
+    }
+    // SAFETY: in bounds: a page, aligned, never unmapped; here and there: an atomic of this process, for which
+    // zeros are valid; gone: wiped in a child before the fork returns there.
+    Ok(unsafe { &*page.cast::<AtomicU64>() })
 }
 
 /// # Safety
@@ -425,6 +490,18 @@ mod tests {
         let on_the_heap = Box::new(0_u8);
         let there = (&raw const *on_the_heap).addr();
         assert!(!ranges.iter().any(|range| range.contains(&there)));
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_copied() {
+        let here = *b"0123456789";
+        let mut copy = [0; 10];
+        copy_if_present(here.as_ptr(), &mut copy).unwrap();
+        assert_eq!(copy, here);
+        let reservation = Reservation::reserve(page_size()).unwrap();
+        let error = copy_if_present(reservation.base(), &mut copy).unwrap_err();
+        assert_eq!(error.errno, Errno::EFAULT);
+        assert!(copy_if_present(ptr::null(), &mut copy).is_err());
     }
 
     #[test]

@@ -34,16 +34,18 @@ mod limits;
 mod pidfd;
 mod proc_fs;
 mod processors;
+mod thread_end;
 
 pub use crate::signal::name as signal_name;
 pub use descriptors::{close_range, move_above, open_descriptors};
 pub use limits::{Limit, Resource, get_limit, get_limit_of, set_limit, set_limit_of};
 pub use pidfd::{ExitStatus, PidFd, kill_and_reap};
 pub use proc_fs::{
-    MemoryUse, is_dying, is_zombie, memory_use, processes_with_parent, sleeping_threads,
-    start_time, thread_count,
+    MemoryUse, has_live_children, is_dying, is_zombie, memory_use, processes_with_parent,
+    sleeping_threads, start_time, thread_count,
 };
 pub use processors::{available_processors, get_affinity, set_affinity};
+pub use thread_end::at_thread_end;
 
 /// The id that the kernel gives a process: positive, and free for another process once this one is reaped.
 ///
@@ -66,6 +68,12 @@ impl Pid {
     /// Returns the calling process's id: `getpid(2)`.
     pub fn this() -> Pid {
         from_rustix(rustix::process::getpid())
+    }
+
+    /// Returns the calling thread's id: `gettid(2)`. It is the process's own in its first thread; no two threads or
+    /// processes that live have the same. `/proc` knows a thread under its id too.
+    pub fn this_thread() -> Pid {
+        from_rustix(rustix::thread::gettid())
     }
 
     /// Returns the parent's id now: `getppid(2)`. `None` if the parent is in an outer pid namespace (the first

@@ -26,6 +26,7 @@ netmcore_forktest::forktests!(
     restarting_handler_does_not_end_the_wait,
     killed_sleeper_is_forgotten,
     either_of_two_words_wakes,
+    any_of_three_words_wakes_or_is_not_slept_on,
     either_of_two_words_changed_is_not_slept_on,
     two_words_end_at_the_deadline,
     ping_pong_loses_nothing,
@@ -183,6 +184,22 @@ fn either_of_two_words_wakes() {
         });
         wake_sleeper(&words, index);
         child.succeeds();
+    }
+}
+
+fn any_of_three_words_wakes_or_is_not_slept_on() {
+    let words = Words::new();
+    let three = |expected: [u32; 3]| {
+        let word = |index: usize| (words.word(index), expected[index]);
+        futex::wait_any([word(0), word(1), word(2)], soon())
+    };
+    for index in 0..3 {
+        let child = Child::run(|| assert_eq!(three([0; 3]), Woken::Woken));
+        wake_sleeper(&words, index);
+        child.succeeds();
+        let mut other = [0; 3];
+        other[index] = 1;
+        assert_eq!(three(other), Woken::Changed);
     }
 }
 

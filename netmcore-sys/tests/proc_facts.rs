@@ -148,6 +148,7 @@ fn sleeping_threads_are_counted_when_all_sleep() {
 fn children_are_found_by_their_parent() {
     let this = Pid::this();
     assert_eq!(process::processes_with_parent(this).unwrap(), []);
+    assert_eq!(process::has_live_children(this), Ok(false));
     let (ours, childs) = line();
     let child = Child::fork(|| {
         let grandchild = Child::fork(|| {
@@ -161,11 +162,22 @@ fn children_are_found_by_their_parent() {
     });
     let grandchild = Pid::new(hear(&ours).unwrap()).unwrap();
     assert_eq!(process::processes_with_parent(this).unwrap(), [child.pid]);
+    assert_eq!(process::has_live_children(this), Ok(true));
+    assert_eq!(process::has_live_children(child.pid), Ok(true));
+    assert_eq!(process::has_live_children(grandchild), Ok(false));
     assert_eq!(
         process::processes_with_parent(child.pid).unwrap(),
         [grandchild]
     );
     process::kill(grandchild, SIGTERM).unwrap();
+    while !process::is_zombie(child.pid).unwrap() {
+        std::thread::yield_now();
+    }
+    assert_eq!(
+        process::has_live_children(this),
+        Ok(false),
+        "it is a zombie"
+    );
     child.succeeds();
     assert_eq!(process::processes_with_parent(this).unwrap(), []);
 }

@@ -228,8 +228,8 @@ fn run_one(test: &Test, capture_off: bool) -> io::Result<Outcome> {
         command.stdout(file.try_clone()?).stderr(file.try_clone()?);
         captured = Some(file);
     }
-    // SAFETY: between fork and exec only prctl is called, which is a plain system call.
-    unsafe { command.pre_exec(die_with_parent) };
+    // SAFETY: between fork and exec only prctl and signal are called, which are plain system calls.
+    unsafe { command.pre_exec(die_with_parent).pre_exec(heed_terminal) };
     let mut child = command.spawn()?;
     let process_id = child.id();
 
@@ -322,7 +322,11 @@ fn say(text: std::fmt::Arguments<'_>) {
     let _ = stdout.flush();
 }
 
+const SIGHUP: c_int = 1;
+const SIGINT: c_int = 2;
+const SIGQUIT: c_int = 3;
 const SIGKILL: c_int = 9;
+const SIG_DFL: usize = 0;
 const PR_SET_PDEATHSIG: c_int = 1;
 const P_PID: c_uint = 1;
 const WEXITED: c_int = 4;
@@ -332,6 +336,7 @@ unsafe extern "C" {
     fn kill(pid: c_int, signal: c_int) -> c_int;
     fn waitid(id_type: c_uint, id: c_uint, info: *mut c_void, options: c_int) -> c_int;
     fn prctl(option: c_int, ...) -> c_int;
+    fn signal(signal: c_int, action: usize) -> usize;
 }
 
 fn die_with_parent() -> io::Result<()> {
@@ -340,6 +345,18 @@ fn die_with_parent() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// A shell that starts the tests in the background, or by `nohup`, has them ignore what comes from the terminal, and all that they start
+/// would inherit that.
+fn heed_terminal() -> io::Result<()> {
+    for from_terminal in [SIGHUP, SIGINT, SIGQUIT] {
+        // SAFETY: the default action is no function, so nothing is called.
+        if unsafe { signal(from_terminal, SIG_DFL) } == usize::MAX {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 fn wait_for_end(process_id: u32) {

@@ -26,6 +26,13 @@ fn main() {
                 eprintln!("child {}", child.id());
                 panic!("shows the output");
             }),
+            test("ignores_nothing_from_the_terminal", || {
+                let status = std::fs::read_to_string("/proc/self/status").unwrap();
+                let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+                let ignored = u64::from_str_radix(mask.unwrap().trim(), 16).unwrap();
+                // SIGHUP, SIGINT and SIGQUIT.
+                assert_eq!(ignored & 0b111, 0, "{status}");
+            }),
             test("has_one_thread", || {
                 assert_eq!(std::fs::read_dir("/proc/self/task").unwrap().count(), 1);
             }),
@@ -38,6 +45,7 @@ fn main() {
         test("skipped_counts_as_ignored", skipped_counts_as_ignored),
         test("hanging_test_is_killed", hanging_test_is_killed),
         test("children_left_are_killed", children_left_are_killed),
+        test("terminal_is_heeded", terminal_is_heeded),
         test("filters_select", filters_select),
         test("no_capture_shows_output", no_capture_shows_output),
     ]);
@@ -48,8 +56,13 @@ fn test(name: &'static str, run: fn()) -> Test {
 }
 
 fn inner(arguments: &[&str]) -> (Option<i32>, String) {
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(arguments)
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(arguments);
+    outcome(command)
+}
+
+fn outcome(mut command: Command) -> (Option<i32>, String) {
+    let output = command
         .env(INNER, "1")
         .env("FORKTEST_TIME_LIMIT_SECONDS", "1")
         .output()
@@ -65,7 +78,7 @@ fn success_is_reported() {
     assert!(text.contains("\nrunning 2 tests\n"));
     assert!(text.contains("\ntest passes ... ok\n"));
     assert!(text.contains(
-        "\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 6 filtered out; finished in "
+        "\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 7 filtered out; finished in "
     ));
 }
 
@@ -114,6 +127,16 @@ fn children_left_are_killed() {
         // sleep: between two looks at the condition, not instead of it.
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// As when a shell has put the run into the background, or `nohup` has started it.
+fn terminal_is_heeded() {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' HUP INT QUIT; exec \"$0\" \"$@\""]);
+    shell.arg(std::env::current_exe().unwrap());
+    shell.arg("ignores_nothing_from_the_terminal");
+    let (code, text) = outcome(shell);
+    assert_eq!(code, Some(0), "{text}");
 }
 
 fn filters_select() {

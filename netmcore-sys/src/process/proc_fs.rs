@@ -180,6 +180,34 @@ pub fn is_dying(pid: Pid) -> crate::Result<bool> {
     Ok(is_killed || has_ended()?)
 }
 
+/// Tells whether the process has children that run, or will again: zombies are none.
+///
+/// # Errors
+///
+/// `ESRCH` or `ENOENT` if there is no such process (any more).
+pub fn has_live_children(parent: Pid) -> crate::Result<bool> {
+    let tasks = format!("/proc/{parent}/task");
+    let mut children = Vec::new();
+    for entry in fs::read_dir(&tasks).map_err(|error| io_error("opendir", &tasks, &error))? {
+        let entry = entry.map_err(|error| io_error("readdir", &tasks, &error))?;
+        match read(&format!("{}/children", entry.path().display())) {
+            Ok(pids) => children.extend(
+                String::from_utf8_lossy(&pids)
+                    .split_whitespace()
+                    .filter_map(|pid| Pid::new(pid.parse().ok()?)),
+            ),
+            // A kernel without CONFIG_PROC_CHILDREN, or a thread that has ended meanwhile.
+            Err(_) => {
+                children = processes_with_parent(parent)?;
+                break;
+            }
+        }
+    }
+    Ok(children
+        .into_iter()
+        .any(|child| is_zombie(child).is_ok_and(|is_zombie| !is_zombie)))
+}
+
 /// Returns the processes whose parent is `parent` now, zombies included, in ascending order.
 ///
 /// A look at all of `/proc`, one process after the other, while processes come and go: those that were there
