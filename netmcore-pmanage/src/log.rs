@@ -30,7 +30,7 @@
 //! **Not here.** What may be deleted and when: [`recovery`]. Syncing to disk: the record covers the death of
 //! processes, not of the machine.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -322,19 +322,29 @@ impl Files {
     }
 
     /// The lock is held for microseconds by whoever lives: a holder that is stopped must not stop all
-    /// others with it.
+    /// others with it. As long as the record changes, others are at work, and it is only not yet our turn.
     fn lock_in_time(&self, file: File) -> Result<OfdGuard> {
-        let deadline = Instant::now() + LOCK_DEADLINE;
+        let state = || -> Result<_> {
+            let metadata = file.metadata().on(&self.record, "cannot look at")?;
+            Ok((metadata.len(), metadata.modified().ok()))
+        };
+        let mut seen = state()?;
+        let mut deadline = Instant::now() + LOCK_DEADLINE;
         let mut pause = Duration::from_micros(50);
         while !file_lock::ofd_try_lock(file.as_fd()).on(&self.record, "cannot lock")? {
             if Instant::now() >= deadline {
-                let source = io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!(
-                        "another process has held its lock for {LOCK_DEADLINE:?}; is it stopped?"
-                    ),
-                );
-                return Err(source).on(&self.record, "cannot lock");
+                let now = state()?;
+                if now == seen {
+                    let source = io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        format!(
+                            "another process has held its lock for {LOCK_DEADLINE:?}; is it stopped?"
+                        ),
+                    );
+                    return Err(source).on(&self.record, "cannot lock");
+                }
+                seen = now;
+                deadline = Instant::now() + LOCK_DEADLINE;
             }
             // sleep: the kernel has no wait for this lock that ends by itself.
             std::thread::sleep(pause);
@@ -503,19 +513,19 @@ impl Locked<'_> {
         }
         let path = &self.files.damaged;
         let file = trust::open_or_create(path)?;
-        let mut text = read_all(&file).on(path, "cannot read")?;
-        let known_bytes = text.len();
+        let text = read_all(&file).on(path, "cannot read")?;
+        let mut known: HashSet<&[u8]> = text.split(|&b| b == b'\n').collect();
+        let mut more = Vec::new();
         if !text.is_empty() && !text.ends_with(b"\n") {
-            text.push(b'\n');
+            more.push(b'\n');
         }
         for line in damaged {
-            let is_known = text.split(|&b| b == b'\n').any(|kept| kept == line.bytes);
-            if !is_known {
-                text.extend_from_slice(&line.bytes);
-                text.push(b'\n');
+            if known.insert(&line.bytes) {
+                more.extend_from_slice(&line.bytes);
+                more.push(b'\n');
             }
         }
-        file.write_all_at(&text[known_bytes..], known_bytes as u64)
+        file.write_all_at(&more, text.len() as u64)
             .on(path, "cannot write")
     }
 }

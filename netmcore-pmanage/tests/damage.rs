@@ -633,3 +633,17 @@ fn text_that_only_looks_whole_is_read_as_far_as_it_goes() {
     assert_eq!(contents.damaged.len(), 1);
     assert_eq!(contents.tail, Tail::Padded { keep_bytes: 36 });
 }
+
+/// Each line was compared with all that had been kept before it: a record that is nothing but garbage kept the next start
+/// busy for minutes.
+#[test]
+fn large_damaged_record_is_cleaned_at_once() {
+    const LINE_COUNT: usize = 100_000;
+    let temporary = directory();
+    let dir = temporary.path();
+    let lines = |count| -> String { (0..count).map(|k| format!("garbage {k}\n")).collect() };
+    write_record(dir, lines(LINE_COUNT).repeat(2).as_bytes());
+    assert_eq!(clean(dir).damaged.len(), 2 * LINE_COUNT);
+    let kept = fs::read_to_string(dir.join(DAMAGED_NAME)).unwrap();
+    assert!(kept == lines(LINE_COUNT), "each line is kept once");
+}

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use child::{Child, wait_for_an_opener};
 use netmcore_pmanage::log::RECORD_NAME;
 use netmcore_pmanage::record::Tail;
-use netmcore_pmanage::{KernelObject, Log};
+use netmcore_pmanage::{Error, KernelObject, Log};
 use netmcore_sys::file_lock::OfdGuard;
 use netmcore_sys::poll::{EventFd, wait_readable};
 use netmcore_sys::process::Pid;
@@ -26,6 +26,8 @@ netmcore_forktest::forktests!(
     lock_excludes_other_processes_and_threads,
     log_works_on_both_sides_of_a_fork,
     removed_record_is_made_anew,
+    stopped_holder_is_an_error_and_loses_nothing,
+    record_that_others_write_is_waited_for,
 );
 
 fn container(name: String) -> KernelObject {
@@ -232,4 +234,44 @@ fn removed_record_is_made_anew() {
         writer.join().unwrap().unwrap();
     });
     assert_eq!(fs::read(&path).unwrap(), b"R SEM_CONT \"/a\"\n");
+}
+
+fn stopped_holder_is_an_error_and_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = Log::open(dir.path()).unwrap();
+    let guard = OfdGuard::lock(open_to_write(&dir.path().join(RECORD_NAME))).unwrap();
+    let object = container("/a".to_owned());
+    let refused = log.register(std::slice::from_ref(&object)).unwrap_err();
+    assert!(refused.to_string().contains("cannot lock"), "{refused}");
+    let Error::Io { source, .. } = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
+    drop(guard);
+    assert_eq!(log.registered().unwrap(), []);
+    log.register(std::slice::from_ref(&object)).unwrap();
+    assert_eq!(log.registered().unwrap(), [object]);
+}
+
+/// The lock is never free when it is asked for, as on a machine where many write all the time and one has bad luck.
+fn record_that_others_write_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = Log::open(dir.path()).unwrap();
+    let guard = OfdGuard::lock(open_to_write(&dir.path().join(RECORD_NAME))).unwrap();
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| log.register(&[container("/late".to_owned())]));
+        // Longer than anybody waits for one who does nothing.
+        let until = Instant::now() + Duration::from_millis(2_500);
+        while Instant::now() < until {
+            guard.write_all_at(b"R SEM_CONT \"/busy\"\n", 0).unwrap();
+            thread::yield_now();
+        }
+        drop(guard);
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(log.registered().unwrap().len(), 2);
+}
+
+fn open_to_write(path: &Path) -> File {
+    OpenOptions::new().write(true).open(path).unwrap()
 }
