@@ -14,7 +14,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::workspace::{Workspace, array, cargo, cargo_metadata, string};
+use crate::workspace::{Package, Workspace, array, cargo, cargo_metadata, string};
 use crate::{test_leaks, tidy};
 
 mod counts;
@@ -150,35 +150,46 @@ fn doc_tests(context: &mut Context) -> Result<(), String> {
     count_tests(&mut command, &mut context.counts)
 }
 
-/// Test files called `loom….rs` are compiled once more, with loom's atomics instead of std's.
+/// Test files called `loom….rs`, of whatever crate has any, are compiled once more, with loom's atomics instead of std's.
 fn loom(context: &mut Context) -> Result<(), String> {
+    let mut failures = Vec::new();
     let mut found = false;
     for package in &context.workspace.packages {
-        for target in &package.targets {
-            if target.kind != "test" || !target.name.starts_with("loom") {
-                continue;
-            }
-            found = true;
-            let mut command = cargo(&context.workspace.root);
-            command.args([
-                "test",
-                "--release",
-                "-p",
-                &package.name,
-                "--test",
-                &target.name,
-            ]);
-            command.env("RUSTFLAGS", "--cfg loom");
-            if std::env::var_os("LOOM_MAX_PREEMPTIONS").is_none() {
-                command.env("LOOM_MAX_PREEMPTIONS", "3");
-            }
-            count_tests(&mut command, &mut context.counts)?;
+        let programs = loom_tests(package);
+        if programs.is_empty() {
+            continue;
         }
+        found = true;
+        let mut command = cargo(&context.workspace.root);
+        command.args(["test", "--release", "--no-fail-fast", "-p", &package.name]);
+        for program in programs {
+            command.args(["--test", program]);
+        }
+        command.env("RUSTFLAGS", "--cfg loom");
+        if std::env::var_os("LOOM_MAX_PREEMPTIONS").is_none() {
+            command.env("LOOM_MAX_PREEMPTIONS", "3");
+        }
+        // The models of one crate say nothing of those of another.
+        failures.extend(count_tests(&mut command, &mut context.counts).err());
     }
     if !found {
         println!("no test file is called loom….rs");
     }
-    Ok(())
+    if failures.is_empty() {
+        Ok(())
+    } else {
+        Err(failures.join("; "))
+    }
+}
+
+/// The test programs of a package that are models.
+fn loom_tests(package: &Package) -> Vec<&str> {
+    let tests = package
+        .targets
+        .iter()
+        .filter(|target| target.kind == "test");
+    let names = tests.map(|target| target.name.as_str());
+    names.filter(|name| name.starts_with("loom")).collect()
 }
 
 fn docs(context: &mut Context) -> Result<(), String> {
@@ -349,6 +360,19 @@ mod unit_tests {
         assert!(version("1.88.1") > version("1.88"));
         assert!(version("1.88.0") == version("1.88"));
         assert!(version("") < version("1.0"));
+    }
+
+    #[test]
+    fn models_of_every_crate_are_found() {
+        let workspace = Workspace::read().unwrap();
+        let found = |package| loom_tests(workspace.package(package).unwrap());
+        for program in ["loom", "loom_locks", "loom_permits"] {
+            assert!(found("netmcore-sem").contains(&program), "{program}");
+        }
+        for program in ["loom_cell", "loom_queues"] {
+            assert!(found("netmcore-shm").contains(&program), "{program}");
+        }
+        assert!(found("netmcore-sys").is_empty());
     }
 
     #[test]

@@ -17,14 +17,12 @@
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::PathBuf;
 use std::sync::Mutex;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use serde_json::Value;
-
-use crate::workspace::{Workspace, array, cargo, string};
+use crate::random::{fresh_seed, hash, random};
+use crate::workspace::{TestProgram, Workspace, rust_libraries};
 
 mod cage;
 mod probe;
@@ -80,6 +78,12 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
     let parallel = if cage.is_private() { options.jobs } else { 1 };
     let bad = run_all(jobs, &cage, options.seed, parallel);
     let found = bad.failed + bad.leaked;
+    // Once more, where a log that shows its end only has them.
+    if bad.runs > 1 {
+        for report in &bad.reports {
+            println!("{report}");
+        }
+    }
     println!(
         "test-leaks: {} runs, {} leaked, {} failed",
         bad.runs, bad.leaked, bad.failed
@@ -99,9 +103,8 @@ pub fn run(arguments: &[String]) -> Result<(), String> {
 
 impl Options {
     fn parse(arguments: &[String]) -> Result<Options, String> {
-        let clock = SystemTime::now().duration_since(UNIX_EPOCH);
         let mut options = Options {
-            seed: clock.map_or(1, |since| u64::from(since.subsec_nanos())),
+            seed: fresh_seed(),
             rounds: 3,
             mode: None,
             jobs: std::thread::available_parallelism().map_or(1, usize::from),
@@ -163,63 +166,33 @@ fn own_program(program: &[String], options: &Options) -> Result<Job, String> {
     })
 }
 
-/// Builds every test and example of the workspace and lists them.
+/// Every test and example of the workspace.
 fn tests_and_examples(workspace: &Workspace, options: &Options) -> Result<Vec<Job>, String> {
-    let output = cargo(&workspace.root)
-        .args(["test", "--workspace", "--no-run"])
-        .arg("--message-format=json-render-diagnostics")
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|error| format!("running cargo: {error}"))?;
-    if !output.status.success() {
-        return Err(format!("building the tests: {}", output.status));
-    }
-    let libraries = cage::rust_libraries();
-    let mut jobs = Vec::new();
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let Ok(message) = serde_json::from_str::<Value>(line) else {
-            continue;
-        };
-        jobs.extend(job_of(&message, options, &libraries));
-    }
-    if let Some(only) = &options.only {
-        jobs.retain(|job| job.name.contains(only));
-    }
-    Ok(jobs)
+    let programs = workspace.build_tests()?;
+    let libraries = rust_libraries();
+    let jobs = programs
+        .into_iter()
+        .map(|program| job_of(program, options, &libraries));
+    Ok(match &options.only {
+        Some(only) => jobs.filter(|job| job.name.contains(only)).collect(),
+        None => jobs.collect(),
+    })
 }
 
-/// The job for a test or example that cargo says it built.
-fn job_of(message: &Value, options: &Options, libraries: &OsStr) -> Option<Job> {
-    let program = message["executable"].as_str()?;
-    let target = &message["target"];
-    let example = array(&target["kind"]).iter().any(|kind| kind == "example");
-    let test = message["profile"]["test"] == true;
-    if !example && !test {
-        return None;
-    }
-    let manifest = string(&message["manifest_path"]);
-    let folder = Path::new(&manifest).parent()?;
-    let package = folder.file_name()?.to_str()?;
-    let of_facade = example && package == "netmcore";
-    Some(Job {
-        name: format!(
-            "{package} {} {}",
-            string(&target["kind"][0]),
-            string(&target["name"])
-        ),
-        program: program.into(),
+fn job_of(program: TestProgram, options: &Options, libraries: &OsStr) -> Job {
+    let example = program.kind == "example";
+    let of_facade = example && program.package == "netmcore";
+    Job {
+        name: program.title(),
+        environment: program.environment(libraries).into(),
+        program: program.path.into(),
         arguments: Vec::new(),
-        folder: folder.to_owned(),
-        environment: vec![
-            ("CARGO_MANIFEST_DIR", folder.into()),
-            ("CARGO_PKG_NAME", package.into()),
-            ("LD_LIBRARY_PATH", libraries.to_owned()),
-        ],
+        folder: program.folder,
         time_limit: if example { EXAMPLE_LIMIT } else { TEST_LIMIT },
         kill_rounds: if of_facade { options.rounds } else { 0 },
         takes_socket_directory: of_facade,
         shows_output: false,
-    })
+    }
 }
 
 #[derive(Default)]
@@ -227,6 +200,8 @@ struct Totals {
     runs: u32,
     leaked: u32,
     failed: u32,
+    /// What was said of those that leaked or failed.
+    reports: Vec<String>,
 }
 
 fn run_all(jobs: Vec<Job>, cage: &Cage, seed: u64, parallel: usize) -> Totals {
@@ -235,8 +210,12 @@ fn run_all(jobs: Vec<Job>, cage: &Cage, seed: u64, parallel: usize) -> Totals {
     let next = || queue.lock().ok()?.pop_front();
     let tell = |name: &str, report: &Report| {
         if let Ok(mut totals) = totals.lock() {
-            println!("{}", report.display(name));
+            let text = report.display(name);
+            println!("{text}");
             totals.runs += 1;
+            if !report.is_clean() {
+                totals.reports.push(text);
+            }
             totals.leaked += u32::from(!report.leaks.is_empty());
             totals.failed += u32::from(report.failure.is_some());
         }
@@ -271,19 +250,4 @@ fn run_job(job: &Job, cage: &Cage, seed: u64, tell: &dyn Fn(&str, &Report)) {
         );
         tell(&name, &report);
     }
-}
-
-/// The first number that splitmix64 makes of `seed`.
-fn random(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-/// FNV-1a.
-fn hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

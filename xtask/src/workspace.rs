@@ -1,6 +1,7 @@
 //! The workspace as `cargo metadata` tells it, with its sources.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -96,9 +97,77 @@ impl Workspace {
         })
     }
 
+    /// Builds every test and example.
+    pub fn build_tests(&self) -> Result<Vec<TestProgram>, String> {
+        let output = cargo(&self.root)
+            .args(["test", "--workspace", "--no-run"])
+            .arg("--message-format=json-render-diagnostics")
+            .stderr(Stdio::inherit())
+            .output()
+            .map_err(|error| format!("running cargo: {error}"))?;
+        if !output.status.success() {
+            return Err(format!("building the tests: {}", output.status));
+        }
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let messages = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        Ok(messages
+            .filter_map(|message| TestProgram::read(&message))
+            .collect())
+    }
+
     /// The member called `name`.
     pub fn package(&self, name: &str) -> Option<&Package> {
         self.packages.iter().find(|package| package.name == name)
+    }
+}
+
+/// A test or example, built.
+#[derive(Debug)]
+pub struct TestProgram {
+    /// The member's folder's name.
+    pub package: String,
+    /// As cargo names it: `lib`, `bin`, `test`, `example`.
+    pub kind: String,
+    pub name: String,
+    pub path: PathBuf,
+    /// The member's folder, in which it is to run.
+    pub folder: PathBuf,
+}
+
+impl TestProgram {
+    /// What cargo says it built, if it is a test or an example.
+    fn read(message: &Value) -> Option<TestProgram> {
+        let path = message["executable"].as_str()?.into();
+        let target = &message["target"];
+        let kind = string(&target["kind"][0]);
+        if kind != "example" && message["profile"]["test"] != true {
+            return None;
+        }
+        let manifest = string(&message["manifest_path"]);
+        let folder = Path::new(&manifest).parent()?.to_owned();
+        Some(TestProgram {
+            package: folder.file_name()?.to_str()?.to_owned(),
+            kind,
+            name: string(&target["name"]),
+            path,
+            folder,
+        })
+    }
+
+    /// How people may call it.
+    pub fn title(&self) -> String {
+        format!("{} {} {}", self.package, self.kind, self.name)
+    }
+
+    /// What cargo would tell it; `libraries` are [`rust_libraries`].
+    pub fn environment(&self, libraries: &OsStr) -> [(&'static str, OsString); 3] {
+        [
+            ("CARGO_MANIFEST_DIR", self.folder.clone().into()),
+            ("CARGO_PKG_NAME", self.package.clone().into()),
+            ("LD_LIBRARY_PATH", libraries.to_owned()),
+        ]
     }
 }
 
@@ -188,6 +257,19 @@ pub fn cargo(folder: &Path) -> Command {
         }
     }
     command
+}
+
+/// Where the dynamic linker finds Rust's own libraries, which the tests of a procedural macro need: the compiler's, and the standard one.
+pub fn rust_libraries() -> OsString {
+    let printed = |what| {
+        let output = Command::new("rustc").args(["--print", what]).output();
+        output.map_or_else(
+            |_| String::new(),
+            |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        )
+    };
+    let (compiler, standard) = (printed("sysroot"), printed("target-libdir"));
+    format!("{compiler}/lib:{standard}").into()
 }
 
 /// The elements of a JSON array; none of anything else.

@@ -270,13 +270,6 @@ fn unshare(of_user: bool) -> Command {
     command
 }
 
-/// Where the dynamic linker finds Rust's own libraries, which the tests of a procedural macro need.
-pub fn rust_libraries() -> OsString {
-    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).output();
-    let sysroot = sysroot.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    sysroot.map_or_else(|_| OsString::new(), |path| format!("{path}/lib").into())
-}
-
 /// Runs `command` and kills it when `limit` has passed.
 pub fn run_with_limit(command: &mut Command, limit: Duration) -> std::io::Result<ExitStatus> {
     let start = Instant::now();

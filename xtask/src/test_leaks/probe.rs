@@ -84,6 +84,11 @@ impl Report {
             .map_err(|error| format!("writing {}: {error}", path.display()))
     }
 
+    /// Neither failed nor left anything behind.
+    pub fn is_clean(&self) -> bool {
+        self.failure.is_none() && self.leaks.is_empty()
+    }
+
     /// For people: one line, and what is wrong below it.
     pub fn display(&self, name: &str) -> String {
         let word = match (&self.failure, self.leaks.as_slice()) {
