@@ -1,17 +1,47 @@
 //! A family of semaphores under one prefix, removed together.
 //!
+//! A container comes in two forms. `SemContainer` alone is a prefix: its user chooses the numbers of the semaphores. [`SemContainer<InMemory>`] has
+//! shared memory too: it allocates its semaphores there, and gives back those of the dead ([`memory`]).
+//!
 //! **Protocol.** Semaphore *n* of the container `/p` is the named semaphore `/p_n`. The container is recorded as what it is, and so is each of
 //! its semaphores, before it exists. Removing it removes all semaphores of the prefix, then the record.
 //!
-//! **Invariants.** A container has no state but the names that exist, so there is nothing that a death could leave wrong.
+//! **Invariants.** A container without memory has no state but the names that exist, so there is nothing that a death could leave wrong.
 //!
 //! **If a process dies here.** Some semaphores are removed, the rest are recorded still; removing again goes on.
 
+pub mod handle;
+pub mod memory;
+mod slot;
+
+pub use handle::{Sem, SemId};
+pub use memory::{Backend, InMemory, SemInfo, SemMemory};
+
 use crate::error::{Error, Result};
 use crate::named::NamedSemaphore;
-use netmcore_sys::{NameError, ObjectKind, ObjectName, Recorder, crash_point, sem};
+use netmcore_sys::sem::{self, MemSem};
+use netmcore_sys::{NameError, ObjectKind, ObjectName, Recorder, crash_point};
 
-/// A prefix that owns semaphores; their numbers are chosen by the user.
+/// The largest value of a semaphore.
+#[doc(alias = "sem_value_max")]
+pub const SEM_VALUE_MAX: u32 = sem::VALUE_MAX;
+
+/// The size of a semaphore in memory: of a `sem_t`.
+#[doc(alias = "sem_size")]
+pub const SEM_LEN_BYTES: usize = MemSem::SIZE;
+
+/// Whether the system has semaphores in memory that processes can share, so that [`Backend::Native`] works. It tries one.
+///
+/// [`Backend::Named`] works where named semaphores do.
+pub fn have_anon_semaphores() -> bool {
+    sem::have_anonymous()
+}
+
+/// The form of a container without memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NamesOnly;
+
+/// A prefix that owns semaphores. As it stands here, their numbers are chosen by the user; `SemContainer<InMemory>` allocates them.
 ///
 /// ```
 /// use netmcore_sem::{NoRecord, ObjectName, SemContainer};
@@ -26,9 +56,11 @@ use netmcore_sys::{NameError, ObjectKind, ObjectName, Recorder, crash_point, sem
 /// assert!(container.numbers()?.is_empty());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[doc(alias = "Netsys_sem")]
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SemContainer {
+pub struct SemContainer<M = NamesOnly> {
     prefix: ObjectName,
+    memory: M,
 }
 
 impl SemContainer {
@@ -38,7 +70,6 @@ impl SemContainer {
     ///
     /// [`Error::AlreadyExists`] if one does; [`Error::Name`] if names made of the prefix could be too long (more than 240 bytes);
     /// [`Error::Record`].
-    #[doc(alias = "create_container")]
     pub fn create(prefix: &ObjectName, recorder: &dyn Recorder) -> Result<SemContainer> {
         let container = SemContainer::open(prefix)?;
         if let Some(&number) = container.numbers()?.first() {
@@ -52,6 +83,18 @@ impl SemContainer {
         Ok(container)
     }
 
+    /// Records a container, after removing all semaphores that an earlier one of that prefix left.
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Self::create) and [`unlink`](Self::unlink).
+    #[doc(alias = "create_container")]
+    pub fn create_anew(prefix: &ObjectName, recorder: &dyn Recorder) -> Result<SemContainer> {
+        SemContainer::open(prefix)?.unlink(recorder)?;
+        crash_point!("sem.container.removed_to_create");
+        SemContainer::create(prefix, recorder)
+    }
+
     /// The container of that prefix, which some process has created.
     ///
     /// # Errors
@@ -61,14 +104,10 @@ impl SemContainer {
     pub fn open(prefix: &ObjectName) -> Result<SemContainer> {
         let container = SemContainer {
             prefix: prefix.clone(),
+            memory: NamesOnly,
         };
         container.name_of(u32::MAX)?;
         Ok(container)
-    }
-
-    /// The prefix.
-    pub fn prefix(&self) -> &ObjectName {
-        &self.prefix
     }
 
     /// Records and creates semaphore `number` with `initial` permits, as [`NamedSemaphore::create`] does.
@@ -107,21 +146,6 @@ impl SemContainer {
         NamedSemaphore::unlink(&self.name_of(number)?, recorder)
     }
 
-    /// The numbers of the semaphores that exist now, ascending.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::System`] if the system's semaphores cannot be listed.
-    pub fn numbers(&self) -> Result<Vec<u32>> {
-        let names = sem::list().map_err(Error::system("list", &self.prefix))?;
-        let mut numbers: Vec<u32> = names
-            .iter()
-            .filter_map(|name| self.number_of(name))
-            .collect();
-        numbers.sort_unstable();
-        Ok(numbers)
-    }
-
     /// Removes all semaphores of the container, whoever made them, then its record. It may be repeated.
     ///
     /// # Errors
@@ -131,6 +155,7 @@ impl SemContainer {
     /// # If a process dies
     ///
     /// What is left is recorded.
+    #[doc(alias = "drop")]
     pub fn unlink(&self, recorder: &dyn Recorder) -> Result<()> {
         loop {
             let numbers = self.numbers()?;
@@ -151,6 +176,28 @@ impl SemContainer {
                 "the end of the semaphore container",
                 &self.prefix,
             ))
+    }
+}
+
+impl<M> SemContainer<M> {
+    /// The prefix.
+    pub fn prefix(&self) -> &ObjectName {
+        &self.prefix
+    }
+
+    /// The numbers of the named semaphores that exist now, ascending.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`] if the system's semaphores cannot be listed.
+    pub fn numbers(&self) -> Result<Vec<u32>> {
+        let names = sem::list().map_err(Error::system("list", &self.prefix))?;
+        let mut numbers: Vec<u32> = names
+            .iter()
+            .filter_map(|name| self.number_of(name))
+            .collect();
+        numbers.sort_unstable();
+        Ok(numbers)
     }
 
     fn name_of(&self, number: u32) -> std::result::Result<ObjectName, NameError> {

@@ -1,12 +1,13 @@
-//! What can go wrong with named semaphores.
+//! What can go wrong with semaphores and their containers.
 
+use crate::container::SemId;
 use netmcore_sys::{NameError, ObjectName, SysError};
 use std::fmt;
 
 /// A result with [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why something about named semaphores could not be done.
+/// Why something about semaphores could not be done.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -32,6 +33,46 @@ pub enum Error {
     Unlink {
         /// All that are left, and why.
         failures: Vec<Error>,
+    },
+    /// All semaphores of a container in memory are in use by the living. Free some, or let it grow.
+    #[error("all {capacity} semaphores of the container {prefix} are in use")]
+    ContainerFull {
+        /// The container.
+        prefix: ObjectName,
+        /// For how many it has room.
+        capacity: u32,
+    },
+    /// The container has no such semaphore: it was freed, or its owner died, or it never was.
+    #[error("the container {prefix} has no {id}")]
+    NoSemaphore {
+        /// The container.
+        prefix: ObjectName,
+        /// Which semaphore was asked for.
+        id: SemId,
+    },
+    /// The memory holds no container that can be used: it was never finished, or was removed, or it is of another version.
+    #[error("there is no semaphore container at {at:#x}: {reason}")]
+    NoContainer {
+        /// Where it should be.
+        at: usize,
+        /// What was found.
+        reason: String,
+    },
+    /// The memory is too small for what was asked.
+    #[error("a semaphore container needs {wanted_bytes} bytes, and there are {len_bytes}")]
+    TooSmall {
+        /// What is needed.
+        wanted_bytes: usize,
+        /// What there is.
+        len_bytes: usize,
+    },
+    /// The container contradicts itself: somebody has written to its memory, or removed its semaphores behind its back.
+    #[error("the container {prefix} is damaged: {invariant}")]
+    Corrupt {
+        /// The container.
+        prefix: ObjectName,
+        /// What does not hold.
+        invariant: String,
     },
     /// A system call failed.
     #[error("cannot {doing}")]

@@ -43,7 +43,7 @@ impl NamedSemaphore {
     /// # Errors
     ///
     /// [`Error::AlreadyExists`]; [`Error::Name`] if a semaphore's name cannot be that long; [`Error::Record`], nothing being created
-    /// then; [`Error::System`] (`EINVAL`: `initial` is above 2³¹ − 1).
+    /// then; [`Error::System`] (`EINVAL`: `initial` is above 2³¹ − 1; `EMFILE`, `ENFILE`, `ENOMEM`, `ENOSPC`).
     ///
     /// # If a process dies
     ///
@@ -57,8 +57,14 @@ impl NamedSemaphore {
     ) -> Result<NamedSemaphore> {
         name.for_semaphore()?;
         // Before it is recorded: what is recorded will be deleted some day, and this is not ours.
-        if exists(name) {
-            return Err(Error::AlreadyExists { name: name.clone() });
+        match NamedSem::open(name) {
+            Err(error) if error.errno == Errno::ENOENT => {}
+            // It cannot be seen whether it exists.
+            Err(error) if [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM].contains(&error.errno) => {
+                return Err(Error::system("create", name)(error));
+            }
+            // Ours, or a file that is none of ours.
+            _ => return Err(Error::AlreadyExists { name: name.clone() }),
         }
         recorder
             .register(ObjectKind::PosixSem, name.as_bytes())
@@ -183,9 +189,4 @@ impl NamedSemaphore {
             .unregister(ObjectKind::PosixSem, name.as_bytes())
             .map_err(Error::record("the end of the semaphore", name))
     }
-}
-
-/// Whether something has the name, ours or not.
-pub(crate) fn exists(name: &ObjectName) -> bool {
-    !matches!(NamedSem::open(name), Err(error) if error.errno == Errno::ENOENT)
 }

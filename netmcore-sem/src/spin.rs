@@ -15,32 +15,44 @@ const TRUST_MAX: i32 = 8;
 /// For how many waits we then sleep at once before spinning is tried again.
 const WAITS_WITHOUT_SPIN: i32 = 32;
 
-/// Above 0: spins in vain that we still allow. Below: waits until spinning is tried again.
-static TRUST: AtomicI32 = AtomicI32::new(TRUST_MAX);
+/// How spins of one kind have paid of late. Above 0: spins in vain that we still allow. Below: waits until
+/// spinning is tried again.
+pub(crate) struct Trust(AtomicI32);
 
-/// Calls `attempt` with growing pauses between the calls until it gives something; gives up soon.
-pub(crate) fn spin<T>(mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
-    let trust = TRUST.load(Ordering::Relaxed);
-    if trust <= 0 {
-        let next = if trust < -1 { trust + 1 } else { 1 };
-        TRUST.store(next, Ordering::Relaxed);
-        return None;
+/// Waits for locks: short, as a rule.
+pub(crate) static LOCKS: Trust = Trust::new();
+/// Waits for what others do: for work, for an event. They may be long, and shall not spoil the trust in locks.
+pub(crate) static EVENTS: Trust = Trust::new();
+
+impl Trust {
+    const fn new() -> Trust {
+        Trust(AtomicI32::new(TRUST_MAX))
     }
-    let backoff = Backoff::new();
-    for _ in 0..ROUNDS {
-        backoff.spin();
-        if let Some(gained) = attempt() {
-            TRUST.store(TRUST_MAX, Ordering::Relaxed);
-            return Some(gained);
+
+    /// Calls `attempt` with growing pauses between the calls until it gives something; gives up soon.
+    pub(crate) fn spin<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
+        let trust = self.0.load(Ordering::Relaxed);
+        if trust <= 0 {
+            let next = if trust < -1 { trust + 1 } else { 1 };
+            self.0.store(next, Ordering::Relaxed);
+            return None;
         }
+        let backoff = Backoff::new();
+        for _ in 0..ROUNDS {
+            backoff.spin();
+            if let Some(gained) = attempt() {
+                self.0.store(TRUST_MAX, Ordering::Relaxed);
+                return Some(gained);
+            }
+        }
+        let next = if trust > 1 {
+            trust - 1
+        } else {
+            -WAITS_WITHOUT_SPIN
+        };
+        self.0.store(next, Ordering::Relaxed);
+        None
     }
-    let next = if trust > 1 {
-        trust - 1
-    } else {
-        -WAITS_WITHOUT_SPIN
-    };
-    TRUST.store(next, Ordering::Relaxed);
-    None
 }
 
 /// Whether this process may use more than one processor, as it was when first asked.
@@ -60,13 +72,13 @@ pub(crate) fn several_processors() -> bool {
 mod tests {
     use super::*;
 
-    // One test: the trust is of the whole process.
     #[test]
     fn spinning_stops_when_it_does_not_pay_and_is_tried_again() {
+        let trust = Trust::new();
         let mut calls = 0;
         for _ in 0..TRUST_MAX {
             assert_eq!(
-                spin(|| {
+                trust.spin(|| {
                     calls += 1;
                     None::<()>
                 }),
@@ -75,9 +87,9 @@ mod tests {
         }
         assert_eq!(calls, TRUST_MAX * ROUNDS.cast_signed());
         for _ in 0..WAITS_WITHOUT_SPIN {
-            assert_eq!(spin(|| Some(())), None, "sleeps at once");
+            assert_eq!(trust.spin(|| Some(())), None, "sleeps at once");
         }
-        assert_eq!(spin(|| Some(7)), Some(7), "tried again");
-        assert_eq!(TRUST.load(Ordering::Relaxed), TRUST_MAX);
+        assert_eq!(trust.spin(|| Some(7)), Some(7), "tried again");
+        assert_eq!(trust.0.load(Ordering::Relaxed), TRUST_MAX);
     }
 }

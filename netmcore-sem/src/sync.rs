@@ -1,6 +1,6 @@
 //! The atomics and the sleeping that locks are made of: the system's, or loom's for model checking.
 //!
-//! **Not here.** Any protocol. This is the only file that knows of `cfg(loom)`.
+//! **Not here.** Any protocol. This file, and `current/model.rs` with the owners of models, are all that knows of `cfg(loom)`.
 
 pub(crate) use imp::*;
 
@@ -29,7 +29,7 @@ mod imp {
     #![allow(unsafe_code)]
 
     use netmcore_sys::futex::{self, Deadline};
-    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
     const _: () = assert!(size_of::<crate::LockWord>() == 8 && align_of::<crate::LockWord>() == 8);
 
@@ -38,26 +38,39 @@ mod imp {
     pub(crate) fn sleep(
         word: &AtomicU64,
         expected: u32,
-        deaths: &AtomicU32,
-        deaths_seen: u32,
+        deaths: (&AtomicU32, u32),
         deadline: Option<Deadline>,
     ) {
-        futex::wait_two(
-            (low_half_of(word), expected),
-            (deaths, deaths_seen),
-            deadline,
-        );
+        sleep_word(low_half_of(word), expected, deaths, deadline);
+    }
+
+    /// As [`sleep`], on a word of 32 bits.
+    pub(crate) fn sleep_word(
+        word: &AtomicU32,
+        expected: u32,
+        deaths: (&AtomicU32, u32),
+        deadline: Option<Deadline>,
+    ) {
+        futex::wait_two((word, expected), deaths, deadline);
     }
 
     /// Wakes one sleeper of `word`.
     pub(crate) fn wake_one(word: &AtomicU64) {
-        futex::wake(low_half_of(word), 1);
+        wake_word_one(low_half_of(word));
+    }
+
+    /// Wakes one sleeper of `word`, the one that has slept longest; false if nobody sleeps.
+    pub(crate) fn wake_word_one(word: &AtomicU32) -> bool {
+        futex::wake(word, 1) != 0
     }
 
     /// Wakes all who sleep on `word` alone or beside another.
     pub(crate) fn wake_all(word: &AtomicU32) {
         futex::wake_all(word);
     }
+
+    /// Nothing: the accesses around it are sequentially consistent.
+    pub(crate) fn fence_in_models() {}
 
     /// Whether spinning can be of use: the other side may be on another processor.
     pub(crate) use crate::spin::several_processors as may_spin;
@@ -79,39 +92,101 @@ mod imp {
 #[cfg(loom)]
 mod imp {
     use super::low_half;
-    pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-    use loom::sync::{Condvar, Mutex};
+    pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+    use loom::sync::{Arc, Condvar, Mutex};
     use netmcore_sys::futex::Deadline;
 
+    /// One that sleeps in the kernel.
+    struct Sleeper {
+        words: [usize; 2],
+        ticket: u64,
+        alarm: Arc<Condvar>,
+    }
+
+    #[derive(Default)]
+    struct Queue {
+        /// In the order of arrival.
+        sleepers: Vec<Sleeper>,
+        tickets: u64,
+    }
+
     loom::lazy_static! {
-        /// The kernel's queue of sleepers. One for all words: models use one lock.
-        static ref QUEUE: (Mutex<()>, Condvar) = (Mutex::new(()), Condvar::new());
+        /// The kernel's queue.
+        static ref QUEUE: Mutex<Queue> = Mutex::new(Queue::default());
     }
 
     pub(crate) fn sleep(
         word: &AtomicU64,
         expected: u32,
-        deaths: &AtomicU32,
-        deaths_seen: u32,
+        deaths: (&AtomicU32, u32),
         _: Option<Deadline>,
     ) {
-        let queue = QUEUE.0.lock().unwrap();
+        let is_same = || low_half(word.load(Ordering::SeqCst)) == expected;
+        sleep_while(address(word), is_same, deaths);
+    }
+
+    pub(crate) fn sleep_word(
+        word: &AtomicU32,
+        expected: u32,
+        deaths: (&AtomicU32, u32),
+        _: Option<Deadline>,
+    ) {
+        let is_same = || word.load(Ordering::SeqCst) == expected;
+        sleep_while(address(word), is_same, deaths);
+    }
+
+    fn sleep_while(word: usize, is_same: impl Fn() -> bool, deaths: (&AtomicU32, u32)) {
+        let mut queue = QUEUE.lock().unwrap();
         // As in the kernel: comparing and falling asleep are one step as seen by those who wake.
-        if low_half(word.load(Ordering::SeqCst)) == expected
-            && deaths.load(Ordering::SeqCst) == deaths_seen
-        {
-            drop(QUEUE.1.wait(queue).unwrap());
+        if !is_same() || deaths.0.load(Ordering::SeqCst) != deaths.1 {
+            return;
+        }
+        queue.tickets += 1;
+        let ticket = queue.tickets;
+        let alarm = Arc::new(Condvar::new());
+        queue.sleepers.push(Sleeper {
+            words: [word, address(deaths.0)],
+            ticket,
+            alarm: alarm.clone(),
+        });
+        while queue.sleepers.iter().any(|one| one.ticket == ticket) {
+            queue = alarm.wait(queue).unwrap();
         }
     }
 
-    pub(crate) fn wake_one(_: &AtomicU64) {
-        let _queue = QUEUE.0.lock().unwrap();
-        QUEUE.1.notify_one();
+    fn wake(word: usize, count: usize) -> usize {
+        let mut queue = QUEUE.lock().unwrap();
+        let mut woken = 0;
+        queue.sleepers.retain(|sleeper| {
+            let is_woken = woken < count && sleeper.words.contains(&word);
+            if is_woken {
+                woken += 1;
+                sleeper.alarm.notify_one();
+            }
+            !is_woken
+        });
+        woken
     }
 
-    pub(crate) fn wake_all(_: &AtomicU32) {
-        let _queue = QUEUE.0.lock().unwrap();
-        QUEUE.1.notify_all();
+    fn address<T>(word: &T) -> usize {
+        (&raw const *word).addr()
+    }
+
+    pub(crate) fn wake_one(word: &AtomicU64) {
+        wake(address(word), 1);
+    }
+
+    pub(crate) fn wake_word_one(word: &AtomicU32) -> bool {
+        wake(address(word), 1) != 0
+    }
+
+    pub(crate) fn wake_all(word: &AtomicU32) {
+        wake(address(word), usize::MAX);
+    }
+
+    /// Loom takes sequentially consistent accesses for acquire and release; a fence it takes as what it is.
+    pub(crate) fn fence_in_models() {
+        fence(Ordering::SeqCst);
     }
 
     pub(crate) fn no_deaths() -> &'static AtomicU32 {

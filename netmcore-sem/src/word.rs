@@ -4,7 +4,7 @@
 //!
 //! | word | means | its owner died |
 //! |---|---|---|
-//! | 0 | free; sleepers only if a wake-up is on its way | the one about to be woken died, or the one about to wake: the death wakes all |
+//! | 0 | free; sleepers only if a wake-up is on its way | the one about to be woken died, or the one about to wake: the death wakes all; where nobody announces it, sleepers look |
 //! | owner | held, nobody sleeps | the next to come takes it over by one CAS, and is told |
 //! | owner, contended | held, somebody may sleep | the death wakes all; one of them takes it over, contended |
 //!
@@ -24,12 +24,14 @@
 //!
 //! **Not here.** Detecting that a holder locks again (it waits for itself; give a deadline), and fairness.
 
-use crate::owner::{OwnerId, Owners};
+use crate::current::{Holding, fork_epoch};
+use crate::lock_error::{LockError, OwnerDied};
+use crate::owner::{Lasting, OwnerId, Owners, Waiting};
+use crate::spin;
 use crate::sync::{self, AtomicU64, Ordering, const_fn, low_half};
 use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use std::fmt;
-use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
 const FREE: u64 = 0;
@@ -53,7 +55,7 @@ const CONTENDED: u64 = 1 << 31;
 pub struct LockWord(AtomicU64);
 
 /// How the slow path ended.
-enum Outcome {
+pub(crate) enum Outcome {
     Free,
     TakenOver(OwnerId),
     TimedOut,
@@ -80,7 +82,10 @@ impl LockWord {
     /// # Blocking
     ///
     /// While a live owner holds it: spins briefly, then sleeps.
-    pub fn lock<O: Owners + ?Sized>(&self, owners: &O) -> Result<LockGuard<'_>, OwnerDied<'_>> {
+    pub fn lock<O: Owners + ?Sized>(
+        &self,
+        owners: &O,
+    ) -> Result<LockGuard<'_>, OwnerDied<LockGuard<'_>>> {
         let mine = held_by(owners.me());
         if self.take_free(mine) {
             return Ok(self.guard(mine));
@@ -96,7 +101,7 @@ impl LockWord {
     ///
     /// # Errors
     ///
-    /// [`TimedLockError::TimedOut`] if a live owner holds it to the end; [`TimedLockError::OwnerDied`] as for [`lock`](Self::lock).
+    /// [`LockError::TimedOut`] if a live owner holds it to the end; [`LockError::OwnerDied`] as for [`lock`](Self::lock).
     ///
     /// # Panics
     ///
@@ -109,7 +114,7 @@ impl LockWord {
         &self,
         owners: &O,
         deadline: Instant,
-    ) -> Result<LockGuard<'_>, TimedLockError<'_>> {
+    ) -> Result<LockGuard<'_>, LockError<LockGuard<'_>>> {
         let mine = held_by(owners.me());
         if self.take_free(mine) {
             return Ok(self.guard(mine));
@@ -117,10 +122,8 @@ impl LockWord {
         let started = Instant::now();
         match self.lock_slow(mine, owners, Some(deadline.into())) {
             Outcome::Free => Ok(self.guard(mine)),
-            Outcome::TakenOver(owner) => {
-                Err(TimedLockError::OwnerDied(self.owner_died(owner, mine)))
-            }
-            Outcome::TimedOut => Err(TimedLockError::TimedOut {
+            Outcome::TakenOver(owner) => Err(LockError::OwnerDied(self.owner_died(owner, mine))),
+            Outcome::TimedOut => Err(LockError::TimedOut {
                 waited: started.elapsed(),
             }),
         }
@@ -138,32 +141,30 @@ impl LockWord {
     pub fn try_lock<O: Owners + ?Sized>(
         &self,
         owners: &O,
-    ) -> Result<Option<LockGuard<'_>>, OwnerDied<'_>> {
+    ) -> Result<Option<LockGuard<'_>>, OwnerDied<LockGuard<'_>>> {
         let mine = held_by(owners.me());
-        let mut current = FREE;
-        loop {
-            let wanted = match owner_of(current) {
-                None => mine,
-                Some(owner) if owners.is_alive(owner) => return Ok(None),
-                Some(_) => mine | CONTENDED,
-            };
-            match self.change(current, wanted) {
-                Ok(_) => break,
-                Err(found) => current = found,
-            }
-        }
-        match owner_of(current) {
-            None => Ok(Some(self.guard(mine))),
-            Some(owner) => Err(self.owner_died(owner, mine)),
+        match self.try_take(mine, owners) {
+            Outcome::Free => Ok(Some(self.guard(mine))),
+            Outcome::TakenOver(owner) => Err(self.owner_died(owner, mine)),
+            Outcome::TimedOut => Ok(None),
         }
     }
 
     /// Who holds the lock, dead or alive. True only of the moment at which it was read.
+    #[inline]
     pub fn owner(&self) -> Option<OwnerId> {
         owner_of(self.0.load(Ordering::Acquire))
     }
 
-    fn take_free(&self, mine: u64) -> bool {
+    /// As [`owner`](Self::owner), in the one order of sequentially consistent steps.
+    #[inline]
+    pub(crate) fn owner_seq_cst(&self) -> Option<OwnerId> {
+        owner_of(self.0.load(Ordering::SeqCst))
+    }
+
+    /// The fast path: takes a lock that is free. `mine` is the caller's [`held_by`].
+    #[inline]
+    pub(crate) fn take_free(&self, mine: u64) -> bool {
         let taken = self.change(FREE, mine).is_ok();
         if taken {
             crash_point!("sem.word.locked");
@@ -171,8 +172,27 @@ impl LockWord {
         taken
     }
 
+    /// Takes a lock that is free or a dead one's; times out otherwise, at once.
+    #[inline]
+    pub(crate) fn try_take<O: Owners + ?Sized>(&self, mine: u64, owners: &O) -> Outcome {
+        let mut current = FREE;
+        loop {
+            let owner = owner_of(current);
+            let wanted = match owner {
+                None => mine,
+                Some(owner) if owners.is_alive(owner) => return Outcome::TimedOut,
+                Some(_) => mine | CONTENDED,
+            };
+            match self.change(current, wanted) {
+                Ok(_) => return owner.map_or(Outcome::Free, Outcome::TakenOver),
+                Err(found) => current = found,
+            }
+        }
+    }
+
+    /// Takes a lock that was not free a moment ago.
     #[cold]
-    fn lock_slow<O: Owners + ?Sized>(
+    pub(crate) fn lock_slow<O: Owners + ?Sized>(
         &self,
         mine: u64,
         owners: &O,
@@ -183,6 +203,7 @@ impl LockWord {
             return Outcome::Free;
         }
         let mut wanted = mine;
+        let mut lasting = Lasting::new();
         loop {
             // Before the question whether the owner lives: see the protocol in `owner`.
             let deaths_seen = owners.deaths().load(Ordering::Acquire);
@@ -212,37 +233,35 @@ impl LockWord {
             if deadline.is_some_and(|deadline| deadline.is_past()) {
                 return Outcome::TimedOut;
             }
-            let recheck = owners.recheck_every().map(Deadline::after);
-            let until = match (deadline, recheck) {
-                (Some(deadline), Some(recheck)) => Some(deadline.min(recheck)),
-                (one, other) => one.or(other),
-            };
-            sync::sleep(
-                &self.0,
-                low_half(marked),
-                owners.deaths(),
-                deaths_seen,
-                until,
-            );
+            // Who took the wake for this waiter may be another than the owner, and die unannounced.
+            let looks = [owners.recheck_every(owner), owners.recheck()];
+            let until = sooner(deadline, looks.into_iter().flatten().min());
+            let deaths = (owners.deaths(), deaths_seen);
+            let at = (&raw const self.0).addr();
+            lasting.sleep(owners, Waiting::Lock { at, owner }, until, |until| {
+                sync::sleep(&self.0, low_half(marked), deaths, until);
+            });
             crash_point!("sem.word.woken");
         }
     }
 
     /// Watches a lock that nobody sleeps for, and takes it when it becomes free soon.
     fn lock_spinning(&self, mine: u64) -> Option<()> {
-        crate::spin::spin(|| {
+        spin::LOCKS.spin(|| {
             (self.0.load(Ordering::Relaxed) == FREE && self.change(FREE, mine).is_ok())
                 .then_some(())
         })
     }
 
     /// One CAS that takes a lock or marks it.
+    #[inline]
     fn change(&self, from: u64, to: u64) -> Result<u64, u64> {
         self.0
             .compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed)
     }
 
-    fn unlock(&self, mine: u64) {
+    #[inline]
+    pub(crate) fn unlock(&self, mine: u64) {
         if self
             .0
             .compare_exchange(mine, FREE, Ordering::Release, Ordering::Relaxed)
@@ -255,7 +274,7 @@ impl LockWord {
     #[cold]
     fn unlock_slow(&self, mine: u64) {
         // The mark stays while the lock is held, so nothing else can be there, unless the lock was taken
-        // over from this owner as from a dead one, or is unlocked in a forked copy of its holder: not ours to free.
+        // over from this owner as from a dead one: not ours to free.
         let freed =
             self.0
                 .compare_exchange(mine | CONTENDED, FREE, Ordering::Release, Ordering::Relaxed);
@@ -270,15 +289,17 @@ impl LockWord {
         }
     }
 
+    #[inline]
     fn guard(&self, mine: u64) -> LockGuard<'_> {
         LockGuard {
             word: self,
             mine,
-            not_send: PhantomData,
+            epoch: fork_epoch(),
+            _holding: Holding::begin(),
         }
     }
 
-    fn owner_died(&self, owner: OwnerId, mine: u64) -> OwnerDied<'_> {
+    fn owner_died(&self, owner: OwnerId, mine: u64) -> OwnerDied<LockGuard<'_>> {
         OwnerDied {
             owner,
             guard: self.guard(mine),
@@ -300,7 +321,9 @@ impl fmt::Debug for LockWord {
     }
 }
 
-fn held_by(owner: OwnerId) -> u64 {
+/// The word of a lock that `owner` holds; never 0.
+#[inline]
+pub(crate) fn held_by(owner: OwnerId) -> u64 {
     assert!(
         owner.index < OwnerId::INDEX_LIMIT,
         "the index of {owner} is not below 2^30"
@@ -308,7 +331,9 @@ fn held_by(owner: OwnerId) -> u64 {
     u64::from(owner.generation) << 32 | u64::from(owner.index + 1)
 }
 
-fn owner_of(value: u64) -> Option<OwnerId> {
+/// Whose word that is; nobody's if it is 0.
+#[inline]
+pub(crate) fn owner_of(value: u64) -> Option<OwnerId> {
     let index = low_half(value & !CONTENDED).checked_sub(1)?;
     Some(OwnerId {
         index,
@@ -318,13 +343,15 @@ fn owner_of(value: u64) -> Option<OwnerId> {
 
 /// Holds a [`LockWord`]; unlocks it when dropped.
 ///
-/// It belongs to the thread that took the lock, whose death frees it. A forked copy of it (in a child of the
-/// holder) unlocks nothing that is not its parent's: do not fork while holding one.
+/// It belongs to the thread that took the lock. The death of the process frees it, the end of the thread does not: the lock of a
+/// leaked guard stays held until then. A forked copy of it (in a child of the holder) holds nothing and unlocks nothing.
 #[must_use = "the lock is released when the guard is dropped"]
 pub struct LockGuard<'a> {
     word: &'a LockWord,
     mine: u64,
-    not_send: PhantomData<*const ()>,
+    /// Tells the holder from its forked copies.
+    epoch: u64,
+    _holding: Holding,
 }
 
 impl LockGuard<'_> {
@@ -339,8 +366,11 @@ impl LockGuard<'_> {
 }
 
 impl Drop for LockGuard<'_> {
+    #[inline]
     fn drop(&mut self) {
-        self.word.unlock(self.mine);
+        if self.epoch == fork_epoch() {
+            self.word.unlock(self.mine);
+        }
     }
 }
 
@@ -352,48 +382,14 @@ impl fmt::Debug for LockGuard<'_> {
     }
 }
 
-/// The last owner died holding the lock; the caller holds it now, and what it protects is in doubt.
-#[derive(Debug)]
-pub struct OwnerDied<'a> {
-    /// Who died.
-    pub owner: OwnerId,
-    /// The lock, held by the caller.
-    pub guard: LockGuard<'a>,
-}
-
-impl fmt::Display for OwnerDied<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} died while it held the lock", self.owner)
+/// The earlier of a deadline and the next look, if there are such.
+pub(crate) fn sooner(deadline: Option<Deadline>, look_every: Option<Duration>) -> Option<Deadline> {
+    let look = look_every.map(Deadline::after);
+    match (deadline, look) {
+        (Some(deadline), Some(look)) => Some(deadline.min(look)),
+        (one, other) => one.or(other),
     }
 }
-
-impl std::error::Error for OwnerDied<'_> {}
-
-/// Why [`LockWord::lock_deadline`] did not take the lock in good order.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum TimedLockError<'a> {
-    /// The deadline passed; the lock is not held.
-    TimedOut {
-        /// For how long the caller has waited.
-        waited: Duration,
-    },
-    /// The lock is held, after a dead owner.
-    OwnerDied(OwnerDied<'a>),
-}
-
-impl fmt::Display for TimedLockError<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            TimedLockError::TimedOut { waited } => {
-                write!(f, "the lock was not free within {waited:?}")
-            }
-            TimedLockError::OwnerDied(died) => died.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for TimedLockError<'_> {}
 
 #[cfg(test)]
 mod tests {
@@ -460,15 +456,21 @@ mod tests {
         assert_eq!(word.owner(), Some(id(0)));
         assert_eq!(guard.owner(), id(0));
         assert!(word.try_lock(&Pair::new(1)).unwrap().is_none());
-        let deadline = Instant::now() + Duration::from_millis(20);
-        match word.lock_deadline(&Pair::new(1), deadline) {
-            Err(TimedLockError::TimedOut { waited }) => assert!(waited.as_millis() >= 20),
-            other => panic!("{other:?}"),
-        }
-        assert!(Instant::now() >= deadline);
+        let wait = Duration::from_millis(20);
+        let times_out = || {
+            let deadline = Instant::now() + wait;
+            let outcome = word.lock_deadline(&Pair::new(1), deadline);
+            assert!(Instant::now() >= deadline);
+            match outcome {
+                Err(LockError::TimedOut { waited }) => waited >= wait,
+                other => panic!("{other:?}"),
+            }
+        };
+        // Its clock begins in the call; again if this thread was held up before.
+        assert!((0..20).any(|_| times_out()));
         drop(guard);
         assert_eq!(word.owner(), None);
-        drop(word.lock_deadline(&Pair::new(1), deadline).unwrap());
+        drop(word.lock_deadline(&Pair::new(1), Instant::now()).unwrap());
     }
 
     #[test]
@@ -482,7 +484,7 @@ mod tests {
                 0 => word.lock(&second).unwrap_err(),
                 1 => word.try_lock(&second).unwrap_err(),
                 _ => match word.lock_deadline(&second, Instant::now()) {
-                    Err(TimedLockError::OwnerDied(died)) => died,
+                    Err(LockError::OwnerDied(died)) => died,
                     other => panic!("{other:?}"),
                 },
             };

@@ -2,10 +2,10 @@
 
 mod support;
 
-use netmcore_sem::{OwnerDied, SoloOwners};
+use netmcore_sem::{OwnerDied, OwnerId, Owners, SoloOwners};
 use netmcore_sys::crash;
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use support::{PATIENCE, fork, shared, wait_until};
 
@@ -136,6 +136,45 @@ fn death_with_the_only_wake_loses_no_wake() {
     assert!(waiter.ended_well());
 }
 
+/// Who knows of others whose deaths nobody announces, and looks for itself.
+struct BesideStrangers(support::Person);
+
+impl Owners for BesideStrangers {
+    fn me(&self) -> OwnerId {
+        self.0.me()
+    }
+    fn is_alive(&self, owner: OwnerId) -> bool {
+        self.0.is_alive(owner)
+    }
+    fn deaths(&self) -> &AtomicU32 {
+        self.0.deaths()
+    }
+    fn recheck(&self) -> Option<Duration> {
+        Some(Duration::from_millis(5))
+    }
+}
+
+/// The one that is woken dies, and nobody says so: one that waits for a live owner finds the lock free all the same.
+fn unannounced_death_with_the_only_wake_loses_no_wake() {
+    let shared = shared();
+    crash::arm_role(VICTIM, 2);
+    let holder = shared.person(0, 1);
+    let (_, guard) = holder.lock();
+    let stranger = shared.person(1, 1);
+    let victim = fork(|| {
+        crash::set_role(VICTIM);
+        stranger.work();
+    });
+    sleeping(&victim);
+    let person = shared.person(2, 1);
+    let waiter = fork(move || drop(shared.word.lock(&BesideStrangers(person)).unwrap()));
+    sleeping(&waiter);
+    drop(guard);
+    assert!(!victim.ended_well());
+    assert_eq!(crash::died_at().as_deref(), Some("sem.word.woken"));
+    assert!(waiter.ended_well());
+}
+
 /// The holder dies, and so does the one that takes the lock over from it.
 fn death_after_taking_over_is_told_in_turn() {
     let shared = shared();
@@ -213,6 +252,7 @@ netmcore_forktest::forktests!(
     death_of_the_holder_wakes_all_and_tells_one,
     death_between_unlock_and_wake_loses_no_wake,
     death_with_the_only_wake_loses_no_wake,
+    unannounced_death_with_the_only_wake_loses_no_wake,
     death_after_taking_over_is_told_in_turn,
     next_tenant_of_the_index_is_alive,
     solo_owners_notice_a_death_within_milliseconds,

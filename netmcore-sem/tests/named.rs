@@ -1,9 +1,12 @@
 //! Guards against a semaphore that exists unrecorded at any instant, or a record that takes away what is somebody else's.
 
+#[path = "support/folder.rs"]
+mod folder;
 mod support;
 
+use folder::Folder;
 use netmcore_sem::{Error, NamedSemaphore, SemContainer};
-use netmcore_sys::{NoRecord, ObjectKind, ObjectName, Recorder, crash, sem};
+use netmcore_sys::{NoRecord, ObjectKind, ObjectName, Recorder, crash, process, sem};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
@@ -36,36 +39,6 @@ impl Recorder for Record {
         assert!(!exists(&ObjectName::new(name).unwrap()), "not yet removed");
         assert!(self.names.borrow_mut().remove(&(kind, name.to_owned())));
         Ok(())
-    }
-}
-
-/// A record whose changes are visible to the parent of a process that is killed: files in a folder.
-struct Folder(std::path::PathBuf);
-
-impl Folder {
-    fn new() -> Folder {
-        let name = format!("sem-record-{}", netmcore_sys::process::random_u64());
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).unwrap();
-        Folder(path)
-    }
-    fn path_of(&self, name: &[u8]) -> std::path::PathBuf {
-        self.0.join(std::str::from_utf8(&name[1..]).unwrap())
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).unwrap();
-    }
-}
-
-impl Recorder for Folder {
-    fn register(&self, _: ObjectKind, name: &[u8]) -> io::Result<()> {
-        std::fs::write(self.path_of(name), "")
-    }
-    fn unregister(&self, _: ObjectKind, name: &[u8]) -> io::Result<()> {
-        std::fs::remove_file(self.path_of(name))
     }
 }
 
@@ -119,6 +92,22 @@ fn failed_creation_leaves_nothing() {
     assert!(matches!(refused, Error::Name(_)), "{refused}");
 }
 
+/// Nobody can look then whether the name is taken; that is not to say that it is.
+fn without_descriptors_the_name_is_not_called_taken() {
+    let (name, record) = (unique(), Record::default());
+    let all = process::get_limit(process::Resource::DescriptorCount).unwrap();
+    let none = process::Limit {
+        soft: Some(0),
+        ..all
+    };
+    process::set_limit(process::Resource::DescriptorCount, none).unwrap();
+    let refused = NamedSemaphore::create(&name, 1, 0o600, &record).unwrap_err();
+    process::set_limit(process::Resource::DescriptorCount, all).unwrap();
+    assert!(matches!(refused, Error::System { .. }), "{refused}");
+    assert!(!exists(&name));
+    assert_eq!(record.len(), 0);
+}
+
 fn wait_ends_at_its_deadline() {
     let name = unique();
     let sem = NamedSemaphore::create(&name, 1, 0o600, &NoRecord).unwrap();
@@ -152,6 +141,112 @@ fn container_removes_its_own_and_no_others() {
     assert_eq!((container.numbers().unwrap(), record.len()), (vec![], 0));
     assert!(exists(&other));
     NamedSemaphore::unlink(&other, &NoRecord).unwrap();
+}
+
+/// Another language's program: opens the semaphore, says its value, adds two permits, waits for one of them, says the value.
+const FOREIGN_C: &str = r#"
+#include <fcntl.h>
+#include <semaphore.h>
+#include <stdio.h>
+int main(int argc, char **argv) {
+    int value = -1;
+    sem_t *sem = sem_open(argv[1], 0);
+    if (argc != 2 || sem == SEM_FAILED) { perror("sem_open"); return 1; }
+    if (sem_getvalue(sem, &value)) { perror("sem_getvalue"); return 1; }
+    printf("%d ", value);
+    if (sem_post(sem) || sem_post(sem) || sem_wait(sem)) { perror("sem_post, sem_wait"); return 1; }
+    if (sem_getvalue(sem, &value)) { perror("sem_getvalue"); return 1; }
+    printf("%d", value);
+    return sem_close(sem);
+}
+"#;
+
+/// The same in Python, which has no POSIX semaphores of its own: by the C library's functions.
+const FOREIGN_PYTHON: &str = r#"
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.sem_open.restype = ctypes.c_void_p
+sem = libc.sem_open(sys.argv[1].encode(), ctypes.c_int(0))
+if not sem:
+    raise OSError(ctypes.get_errno(), "sem_open")
+sem, value = ctypes.c_void_p(sem), ctypes.c_int(-1)
+def check(result):
+    if result:
+        raise OSError(ctypes.get_errno(), "a semaphore call")
+check(libc.sem_getvalue(sem, ctypes.byref(value)))
+print(value.value, end=" ")
+check(libc.sem_post(sem)); check(libc.sem_post(sem)); check(libc.sem_wait(sem))
+check(libc.sem_getvalue(sem, ctypes.byref(value)))
+print(value.value, end="")
+check(libc.sem_close(sem))
+"#;
+
+/// Runs the foreign program on a semaphore of ours; `command` takes the name as its last argument.
+fn agrees(mut command: std::process::Command) {
+    let (name, record) = (unique(), Record::default());
+    let sem = NamedSemaphore::create(&name, 3, 0o600, &record).unwrap();
+    sem.wait().unwrap();
+    let argument = std::str::from_utf8(name.as_bytes()).unwrap();
+    let output = command.arg(argument).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{complaint}");
+    assert_eq!(said, "2 3", "{complaint}");
+    assert_eq!(sem.value(), 3);
+    NamedSemaphore::unlink(&name, &record).unwrap();
+    // Neither does the other see it now.
+    let output = command.output().unwrap();
+    assert!(!output.status.success(), "{output:?}");
+}
+
+fn python_uses_the_same_semaphore() {
+    let works = std::process::Command::new("python3")
+        .args(["-c", "import ctypes; ctypes.CDLL(None).sem_open"])
+        .output();
+    match works {
+        Ok(output) if output.status.success() => {}
+        other => netmcore_forktest::skip(&format!("no Python with ctypes and sem_open: {other:?}")),
+    }
+    let mut python = std::process::Command::new("python3");
+    python.args(["-c", FOREIGN_PYTHON]);
+    agrees(python);
+}
+
+fn c_program_uses_the_same_semaphore() {
+    let folder = Folder::new();
+    let (source, program) = (folder.path_of(b"/foreign.c"), folder.path_of(b"/foreign"));
+    std::fs::write(&source, FOREIGN_C).unwrap();
+    let mut compiler = std::process::Command::new("cc");
+    compiler.arg(&source).arg("-o").arg(&program);
+    match compiler.arg("-pthread").output() {
+        Ok(output) if output.status.success() => {}
+        other => netmcore_forktest::skip(&format!("no C compiler: {other:?}")),
+    }
+    agrees(std::process::Command::new(&program));
+}
+
+/// And the other way round: what they make, we open.
+fn semaphore_made_by_python_is_opened_here() {
+    const MAKE: &str = r#"
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.sem_open.restype = ctypes.c_void_p
+sem = libc.sem_open(sys.argv[1].encode(), ctypes.c_int(0o300), ctypes.c_uint(0o600), ctypes.c_uint(5))
+assert sem, ctypes.get_errno()
+"#;
+    let name = unique();
+    let made = std::process::Command::new("python3")
+        .args(["-c", MAKE, std::str::from_utf8(name.as_bytes()).unwrap()])
+        .output();
+    match made {
+        Ok(output) if output.status.success() => {}
+        other => netmcore_forktest::skip(&format!("no Python with ctypes: {other:?}")),
+    }
+    let sem = NamedSemaphore::open(&name).unwrap();
+    assert_eq!(sem.value(), 5);
+    let refused = NamedSemaphore::create(&name, 1, 0o600, &NoRecord).unwrap_err();
+    assert!(matches!(refused, Error::AlreadyExists { .. }), "{refused}");
+    NamedSemaphore::unlink(&name, &NoRecord).unwrap();
 }
 
 /// Kills a child at every step of making and removing semaphores: what exists is recorded.
@@ -195,7 +290,11 @@ netmcore_forktest::forktests!(
     name_is_recorded_before_it_exists_and_after,
     existing_semaphore_is_left_alone_and_unrecorded,
     failed_creation_leaves_nothing,
+    without_descriptors_the_name_is_not_called_taken,
     wait_ends_at_its_deadline,
     container_removes_its_own_and_no_others,
+    python_uses_the_same_semaphore,
+    c_program_uses_the_same_semaphore,
+    semaphore_made_by_python_is_opened_here,
     crash_at_any_step_leaves_nothing_unrecorded,
 );
