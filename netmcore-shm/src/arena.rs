@@ -74,11 +74,13 @@ impl Place {
 impl Arena {
     /// What [`Arena::reserve`] is usually asked for: 16 TiB. It costs no memory, at fork neither.
     pub const DEFAULT_LEN_BYTES: usize = 16 << 40;
-    /// Below this an arena is not worth having: 1 GiB.
+    /// What there is room for in any program, and a few regions fit into: 1 GiB.
     pub const MIN_LEN_BYTES: usize = 1 << 30;
+    /// Below this an arena is not worth having: 128 MiB.
+    const LEAST_LEN_BYTES: usize = 128 << 20;
 
     /// Reserves `len_bytes`, or, where the address space is limited (`RLIMIT_AS`, small machines), half of it, or half
-    /// of that, down to [`MIN_LEN_BYTES`](Self::MIN_LEN_BYTES). A smaller request is met as it is, or not at all.
+    /// of that, down to 128 MiB. A smaller request is met as it is, or not at all.
     ///
     /// # Errors
     ///
@@ -91,7 +93,7 @@ impl Arena {
                 Ok(reservation) => break reservation,
                 Err(source) => {
                     let half = wanted_bytes / 2;
-                    if source.errno != Errno::ENOMEM || half < Arena::MIN_LEN_BYTES {
+                    if source.errno != Errno::ENOMEM || half < Arena::LEAST_LEN_BYTES {
                         return Err(Error::Reserve {
                             wanted_bytes,
                             source,
@@ -170,6 +172,17 @@ impl Arena {
         let start = place.at.addr().wrapping_sub(self.base().addr());
         let placed = self.cursor().load(Ordering::Acquire);
         start < placed && place.len_bytes <= placed - start
+    }
+
+    /// The address `at` as a pointer, if `[at, at + len_bytes)` has been placed and begins like a place.
+    pub(crate) fn place_at(&self, at: usize, len_bytes: usize) -> Option<*mut u8> {
+        let start = at.checked_sub(self.base().addr())?;
+        let place = Place {
+            at: self.base().wrapping_add(start),
+            len_bytes,
+        };
+        let is_place = at.is_multiple_of(PLACE_ALIGN_BYTES) && start >= page_size();
+        (is_place && self.contains(place)).then_some(place.at)
     }
 
     pub(crate) fn reservation(&self) -> &Reservation {

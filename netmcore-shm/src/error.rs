@@ -1,6 +1,7 @@
 //! What can go wrong with shared memory: which limit, how much was wanted, how much there is.
 
 use crate::Block;
+use crate::region::RegionId;
 use netmcore_sys::{ObjectName, SysError};
 use std::fmt;
 use std::path::PathBuf;
@@ -22,9 +23,11 @@ pub enum Error {
         /// What the system said.
         source: SysError,
     },
-    /// The arena has no such range left. Places are never used again: reserve a larger arena.
+    /// The arena has no such range left. Places are never used again: reserve a larger arena, or make regions of a smaller
+    /// maximum length. Where `ulimit -v` limits addresses, the arena is smaller than it was asked for.
     #[error(
-        "the arena of {limit_bytes} bytes is full: {wanted_bytes} bytes of addresses wanted, {free_bytes} left"
+        "the arena of {limit_bytes} bytes is full: {wanted_bytes} bytes of addresses wanted, {free_bytes} left; \
+         give regions a smaller maximum length, or raise the limit of address space (ulimit -v) if there is one"
     )]
     ArenaFull {
         /// The length of the arena.
@@ -74,6 +77,51 @@ pub enum Error {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// The address is not that of a run of pages in use.
+    #[error("{address:#x} is not a run of pages in use: {why}")]
+    BadRun {
+        /// The claim.
+        address: usize,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A value with a pointer to somewhere else was to be put into a region. Make both in the same heap, or store a descriptor.
+    #[error(
+        "a {type_name} with a pointer ({address:#x}) into another region, or into none, cannot be put into this one"
+    )]
+    ForeignPointer {
+        /// The type of the value.
+        type_name: &'static str,
+        /// Where the pointer points to.
+        address: usize,
+    },
+    /// The value is of another type than the one that was asked for.
+    #[error("a shared value of type {expected} was expected, and it is {found}")]
+    TypeMismatch {
+        /// What was asked for.
+        expected: &'static str,
+        /// What there is, without paths.
+        found: String,
+    },
+    /// The value that a descriptor names has lost its last handle.
+    #[error(
+        "the shared {type_name} number {index} is gone: its last handle was dropped; \
+         keep a handle until the receiver has its own, or call keep on it"
+    )]
+    Gone {
+        /// What was asked for.
+        type_name: &'static str,
+        /// Its number in the heap.
+        index: u32,
+    },
+    /// A name of a shared value must not be empty, nor longer than the limit.
+    #[error("a name of {len_bytes} bytes: 1 to {limit_bytes} are possible")]
+    NameLength {
+        /// The name's length.
+        len_bytes: usize,
+        /// The longest possible.
+        limit_bytes: usize,
+    },
     /// The memory breaks a rule that holds whatever process dies: a stray write, or a bug.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
@@ -83,12 +131,51 @@ pub enum Error {
         /// The name.
         name: ObjectName,
     },
+    /// There is no such region, or not for this process.
+    #[error("{id} is not mapped here, and nobody knows how to attach to it")]
+    NoRegion {
+        /// Which.
+        id: RegionId,
+    },
+    /// The supervisor does not attach this process to the region.
+    #[error("{id}: {source}")]
+    Refused {
+        /// Which.
+        id: RegionId,
+        /// What the supervisor says.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The calling thread has an entry of the map, which is locked, or is in a function that the map calls with the entry locked: it would
+    /// wait for itself. Drop the entry first, or do it after the call.
+    #[error("the calling thread holds an entry of this {what} already: it would wait for itself")]
+    WouldDeadlock {
+        /// The kind of collection.
+        what: &'static str,
+    },
+    /// A region cannot be mapped there, or is not what is mapped there any more.
+    #[error("{id} at {at:#x}: {why}")]
+    WrongPlace {
+        /// Which region.
+        id: RegionId,
+        /// The first address.
+        at: usize,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The record of persistent objects could not be changed.
     #[error("cannot record {doing}")]
     Record {
         /// Which change.
         doing: String,
         /// What the recorder said.
+        source: std::io::Error,
+    },
+    /// A call of the standard library failed.
+    #[error("cannot {doing}")]
+    Io {
+        /// What was being done to which object.
+        doing: String,
+        /// What it said.
         source: std::io::Error,
     },
     /// A system call failed.
@@ -133,6 +220,8 @@ pub enum SpaceLimit {
     Machine,
     /// The limit of file sizes of this process, `RLIMIT_FSIZE`, which counts for shared memory too.
     FileSize,
+    /// The maximum length of the region, which was chosen when it was made.
+    Region,
     /// The kernel refused, without saying for which limit.
     Kernel,
 }
@@ -155,6 +244,9 @@ impl fmt::Display for SpaceLimit {
             SpaceLimit::Machine => f.write_str("the machine has no more memory available"),
             SpaceLimit::FileSize => {
                 f.write_str("the limit of file sizes (ulimit -f) counts for shared memory too")
+            }
+            SpaceLimit::Region => {
+                f.write_str("the region has a maximum length, given when it was made")
             }
             SpaceLimit::Kernel => f.write_str("the kernel has no more memory for this process"),
         }

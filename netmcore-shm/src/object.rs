@@ -18,7 +18,7 @@ use netmcore_sys::{Errno, ObjectKind, ObjectName, Recorder, SysError, crash_poin
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Where Linux keeps the objects; `shm_overview(7)`.
-const MOUNT: &str = "/dev/shm";
+pub(crate) const MOUNT: &str = "/dev/shm";
 
 /// A POSIX shared memory object, open in this process.
 ///

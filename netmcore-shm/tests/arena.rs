@@ -88,9 +88,20 @@ fn limited_address_space_gives_a_smaller_arena_or_an_error() {
     set_limit(Resource::AddressSpaceBytes, limit(9)).unwrap();
     let arena = Arena::reserve(Arena::DEFAULT_LEN_BYTES).unwrap();
     assert_eq!(arena.len_bytes(), 8 << 30);
-    let refused = Arena::reserve(Arena::DEFAULT_LEN_BYTES);
-    assert!(matches!(refused, Err(Error::Reserve { .. })), "{refused:?}");
-    drop(arena);
+    // What is left is of use as long as a few regions fit into it.
+    let mut smaller = Vec::new();
+    let refused = loop {
+        match Arena::reserve(Arena::DEFAULT_LEN_BYTES) {
+            Ok(arena) => smaller.push(arena),
+            Err(refused) => break refused,
+        }
+    };
+    assert!(matches!(refused, Error::Reserve { .. }), "{refused:?}");
+    let lens = smaller.iter().map(Arena::len_bytes);
+    assert!(lens.clone().is_sorted_by(|one, next| one >= next));
+    assert!(lens.clone().all(|len| (128 << 20..1 << 30).contains(&len)));
+    assert_eq!(lens.min(), Some(128 << 20));
+    drop((arena, smaller));
     set_limit(Resource::AddressSpaceBytes, limit(5)).unwrap();
     let arena = Arena::reserve(Arena::DEFAULT_LEN_BYTES).unwrap();
     assert_eq!(arena.len_bytes(), 4 << 30);

@@ -10,6 +10,7 @@ use netmcore_sem::{OwnerId, Owners, announce_death};
 use netmcore_shm::{AnonRegion, Arena, Block, TaggedHeap};
 use netmcore_sys::process::{self, ExitStatus, Forked, PidFd};
 use std::num::NonZeroU64;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -214,4 +215,42 @@ impl Random {
 
 pub fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
+}
+
+/// Lets something time out that says for how long it waited. Its clock begins when it is called, so it is called again if the
+/// caller was held up just before.
+pub fn assert_times_out(wait: Duration, attempt: impl Fn(Instant) -> Duration) {
+    let says_so = || {
+        let started = Instant::now();
+        let waited = attempt(started + wait);
+        let elapsed = started.elapsed();
+        assert!(elapsed >= wait, "it gave up after {elapsed:?}");
+        assert!(waited <= elapsed, "{waited:?} of {elapsed:?}");
+        waited >= wait
+    };
+    assert!((0..20).any(|_| says_so()), "it never waited {wait:?}");
+}
+
+/// Leaks something in a thread, and returns what that gives when the thread is at its end: gone, or asleep there for good.
+pub fn leak_in_a_thread<R: Send>(leak: impl FnOnce() -> R + Send) -> R {
+    let slot = Mutex::new(None);
+    std::thread::scope(|scope| {
+        scope.spawn(|| *slot.lock().unwrap() = Some((leak(), process::Pid::this_thread())));
+    });
+    let (leaked, thread) = slot.into_inner().unwrap().unwrap();
+    // "running", or the number of the call: that of futex.
+    let is_through = || {
+        let call = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall"));
+        call.map_or(true, |call| {
+            ["202 ", "98 "]
+                .iter()
+                .any(|number| call.starts_with(number))
+        })
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while !is_through() {
+        assert!(Instant::now() < deadline, "a thread does not end");
+        std::thread::yield_now();
+    }
+    leaked
 }

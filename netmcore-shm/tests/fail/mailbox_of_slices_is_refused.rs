@@ -1,0 +1,5 @@
+use netmcore_shm::Mailbox;
+
+fn send(mailbox: &Mailbox<&'static [u8]>) {}
+
+fn main() {}

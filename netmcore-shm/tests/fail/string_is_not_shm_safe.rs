@@ -1,0 +1,7 @@
+use netmcore_shm::ShmSafe;
+
+fn put<T: ShmSafe>() {}
+
+fn main() {
+    put::<String>();
+}
