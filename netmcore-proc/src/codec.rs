@@ -34,6 +34,8 @@ use bincode::Options as _;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::manage;
+
 /// How values are turned into bytes on their way to another process.
 ///
 /// ```
@@ -130,8 +132,7 @@ where
 {
     match codec {
         Codec::Bincode => {
-            let size = bincode_options()
-                .serialized_size(value)
+            let size = manage::measuring(|| bincode_options().serialized_size(value))
                 .map_err(|error| EncodeError::Codec(bincode_error::<T>(&error, Doing::Encode)))?;
             let Ok(size) = usize::try_from(size) else {
                 return Err(EncodeError::Codec(CodecError {
@@ -248,6 +249,17 @@ const NEEDS_JSON: &str = "the bincode codec cannot carry types that describe the
     are untagged or internally tagged, `flatten`): use Codec::Json";
 const MAY_NEED_JSON: &str = "if the type describes itself (serde_json::Value, enums that are untagged or internally \
     tagged, `flatten`, `skip_serializing_if`), use Codec::Json";
+/// How the messages begin that `serde::de::Error` and derived implementations make when bytes do not fit the type.
+const SERDES_OWN: [&str; 8] = [
+    "invalid type",
+    "invalid value",
+    "invalid length",
+    "unknown variant",
+    "unknown field",
+    "missing field",
+    "duplicate field",
+    "data did not match",
+];
 const NEEDS_BINCODE: &str =
     "JSON takes only strings and numbers as keys of a map: use Codec::Bincode";
 
@@ -274,10 +286,12 @@ fn bincode_error<T: ?Sized>(error: &bincode::Error, doing: Doing) -> CodecError 
                 Some(MAY_NEED_JSON),
             )
         }
-        ErrorKind::Custom(message) => (
-            message.clone(),
-            (doing == Doing::Decode).then_some(MAY_NEED_JSON),
-        ),
+        // What a type says of its own, as a handle does of a region that is not here, is the whole reason.
+        ErrorKind::Custom(message) => {
+            let is_of_serde = SERDES_OWN.iter().any(|begin| message.starts_with(begin));
+            let hint = (doing == Doing::Decode && is_of_serde).then_some(MAY_NEED_JSON);
+            (message.clone(), hint)
+        }
         other => (
             other.to_string(),
             (doing == Doing::Decode).then_some(MAY_NEED_JSON),
@@ -437,6 +451,26 @@ mod tests {
             "alloc::collections::btree::map::BTreeMap<(i32, i32), i32>: key must be a string; JSON takes only strings \
              and numbers as keys of a map: use Codec::Bincode"
         );
+    }
+
+    #[test]
+    fn hint_does_not_follow_what_a_type_says_of_its_own() {
+        #[derive(Debug)]
+        struct Refusing;
+        impl<'de> Deserialize<'de> for Refusing {
+            fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                u8::deserialize(from)?;
+                Err(serde::de::Error::custom("region 7 is not inherited"))
+            }
+        }
+        assert!(
+            message(decode::<Refusing>(Codec::Bincode, &[1]))
+                .ends_with("::Refusing: region 7 is not inherited")
+        );
+        // The first variant has number 0; there is no fifth.
+        let misfit = message(decode::<Shape>(Codec::Bincode, &[4, 0, 0, 0]));
+        assert!(misfit.contains("invalid value"), "{misfit}");
+        assert!(misfit.ends_with(MAY_NEED_JSON), "{misfit}");
     }
 
     #[test]

@@ -42,6 +42,8 @@ pub(crate) struct Runtime {
     pub admin_socket: PathBuf,
     /// Where the record of kernel-persistent objects is; `None` with `disable_pmanage`.
     pub recorded_dir: Option<PathBuf>,
+    /// To what length the heap of named objects may grow, if that has been said.
+    pub shared_heap_max_bytes: Option<u64>,
     /// Whether another process can run while this one spins.
     pub is_multiprocessor: bool,
     /// What worker seeds are derived from.

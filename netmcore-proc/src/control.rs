@@ -4,7 +4,7 @@
 //! first fork and every worker inherits at the same address:
 //!
 //! ```text
-//! Header | Point × 4096 | WorkerEntry × w | Slot × n | heap for arguments and results
+//! Header | Point × 4096 | WorkerEntry × w | thread × 4096 | Slot × n | heap for arguments and results
 //! ```
 //!
 //! **Protocol.** A process id is the key to its slot: slot `id mod n`, generation `id / n + 1`. One
@@ -46,8 +46,8 @@
 #![allow(unsafe_code)]
 
 use std::num::NonZeroU64;
-use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use netmcore_sem::{OwnerId, Owners};
 use netmcore_shm::{AnonRegion, Arena, Block, TaggedHeap};
@@ -58,20 +58,22 @@ use crate::error::Error;
 use crate::id::ProcessId;
 use layout::{
     CURSOR_ID, FORK_RELEASED, Header, JOIN_RELEASED, Layout, MAGIC, Point, SIGNED_OFF, SWEEP, Slot,
-    Word, WorkerEntry,
+    THREAD_LIMIT, Word, WorkerEntry,
 };
 
+mod inherit;
 mod join;
 mod layout;
 mod queue;
 mod settle;
 #[cfg(test)]
 mod tests;
+mod threads;
 
 pub(crate) use join::{Joining, Waited};
 pub(crate) use layout::{
-    ClaimError, Entry, Job, Order, Outcome, POINT_LIMIT, Phase, QueueFacts, READY_LIMIT, Seen,
-    Settled, SlotState, WorkerIndex,
+    ClaimError, Entry, Heirs, InheritOrder, Job, Order, Outcome, POINT_LIMIT, Phase, QueueFacts,
+    READY_LIMIT, Seen, Settled, SlotState, WaitFacts, WaitsFor, WorkerIndex,
 };
 pub(crate) use queue::Parked;
 
@@ -172,6 +174,17 @@ impl Control {
                 .add(index.0 as usize)
         }
     }
+    fn thread(&self, number: usize) -> &AtomicU64 {
+        assert!(number < THREAD_LIMIT, "thread {number} is out of range");
+        // SAFETY: as in `header`, the number has just been checked.
+        unsafe {
+            &*self
+                .base
+                .add(self.layout.threads)
+                .cast::<AtomicU64>()
+                .add(number)
+        }
+    }
     fn slot_at(&self, index: usize) -> &Slot {
         assert!(index < self.slot_count, "slot {index} is out of range");
         // SAFETY: as in `header`, the index has just been checked.
@@ -225,12 +238,7 @@ impl Control {
             .heap
             .alloc(len_bytes, tag, &self.owners(me))
             .map_err(Error::memory("allocating memory for a value to send"))?;
-        Ok(Place {
-            heap: &self.heap,
-            tag,
-            block,
-            is_kept: false,
-        })
+        Ok(Place::new(&self.heap, tag, block))
     }
 
     /// The content of a published block.
@@ -458,6 +466,9 @@ impl Control {
                 self.heap.free(block, tag);
             }
         }
+        if let Some(block) = slot.inherit_only.load() {
+            self.heap.free(block, inherit_tag(tag));
+        }
         if slot.flags.load(Relaxed) & SWEEP != 0 {
             self.heap.free_all(tag);
         }
@@ -494,6 +505,12 @@ fn tag_of(process: ProcessId) -> NonZeroU64 {
     NonZeroU64::new(process.get()).expect("process ids begin at 1")
 }
 
+/// The set of what a process inherits is tagged apart: it outlives all other blocks of the process, since the master
+/// may look at it as long as the slot is queued or running.
+fn inherit_tag(tag: NonZeroU64) -> NonZeroU64 {
+    tag | 1 << 61
+}
+
 /// Counts a call of this worker that the master must settle if the worker dies in it.
 pub(crate) struct InFlight<'a> {
     count: &'a AtomicU32,
@@ -513,7 +530,16 @@ pub(crate) struct Place<'a> {
     is_kept: bool,
 }
 
-impl Place<'_> {
+impl<'a> Place<'a> {
+    fn new(heap: &'a TaggedHeap, tag: NonZeroU64, block: Block) -> Place<'a> {
+        Place {
+            heap,
+            tag,
+            block,
+            is_kept: false,
+        }
+    }
+
     /// Leaves the block to the process that it is tagged with.
     pub(crate) fn keep(mut self) -> Block {
         self.is_kept = true;

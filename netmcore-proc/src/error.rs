@@ -60,6 +60,17 @@ pub enum Error {
         found: String,
     },
 
+    /// A region is not among those that this process was started with.
+    #[error("{}", not_inherited(*id, *process, inherited))]
+    NotInherited {
+        /// The region.
+        id: ResourceId,
+        /// This process.
+        process: ProcessId,
+        /// What it inherits.
+        inherited: Vec<ResourceId>,
+    },
+
     /// The call is for workers only.
     #[error(
         "`{call}` is refused in the master, which must never wait or compute: call it in a worker"
@@ -193,12 +204,17 @@ pub enum Error {
         source: SysError,
     },
 
-    /// Every worker waited without deadline, and nothing was queued, so the master ended the run.
+    /// Every worker waited without deadline (for a process, for a lock or for an event in shared memory), and nothing was queued, so
+    /// the master ended the run.
+    ///
+    /// Children of workers are looked for, since they may have the memory. A process outside of the run that has mapped it by name is
+    /// not seen: wait for such with a deadline.
     #[error("{}", deadlock(who, on_what))]
     Deadlock {
         /// The workers that waited.
         who: Vec<ProcessId>,
-        /// What each of them waited for, in the same order.
+        /// What each of them waited for, in the same order: `Process 7`, `the lock at Resource 3+0x40, held by Process 7`, `an event at
+        /// Resource 3+0x80`. Of a worker with several threads, what one of them waited for.
         on_what: Vec<String>,
     },
 
@@ -703,6 +719,19 @@ impl CodecError {
             reason: self.reason_and_hint(),
         }
     }
+}
+
+fn not_inherited(id: ResourceId, process: ProcessId, inherited: &[ResourceId]) -> String {
+    let has = match inherited {
+        [] => "without regions".to_owned(),
+        ids => {
+            let ids: Vec<String> = ids.iter().map(ResourceId::to_string).collect();
+            format!("with these regions only: {}", ids.join(", "))
+        }
+    };
+    format!(
+        "{process} cannot use {id}: it was started {has}; add {id} to its `Inherit::Only`, or start it with `Inherit::All`"
+    )
 }
 
 fn no_resource(

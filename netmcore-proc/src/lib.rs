@@ -47,12 +47,15 @@ mod control;
 pub mod debug;
 pub mod dynamic;
 mod error;
+mod heap;
 mod id;
 mod inside;
 mod manage;
 mod master;
 mod own_fd;
+mod owners;
 mod point;
+mod region;
 mod resource;
 mod spawn;
 mod wire;
@@ -61,6 +64,10 @@ mod worker;
 pub use backtrace::Backtrace;
 pub use codec::Codec;
 pub use error::{Error, ExceededLimit, JoinError, Result};
+pub use heap::{
+    create_heap, create_heap_with_max, get_heap, get_named, named, remove_named, shared_heap,
+    try_named,
+};
 pub use id::{ProcessId, ResourceId};
 pub use inside::{command, on_worker_start, self_process_id, shutdown_requested, worker_seed};
 pub use manage::{
@@ -70,12 +77,15 @@ pub use manage::{
 };
 pub use master::{Controller, Master, ProcessOptions, record};
 pub use point::{ForkPoint, JoinPoint, Process, Running, StartOptions, join_any};
+pub use region::{create_preallocated_shm, create_preallocated_shm_sc, create_region, get_region};
 pub use resource::{Inherit, ResourceRepr, ResourceType};
-pub use spawn::spawn;
+pub use spawn::{spawn, spawn_with};
 pub use wire::WireError;
 
 // What the functions above take and give, so that this crate is enough to use them.
 pub use netmcore_pmanage::Log;
 pub use netmcore_sem::{NamedSemaphore, SemContainer};
-pub use netmcore_shm::{Access, ShmObject};
+pub use netmcore_shm::{
+    Access, Descriptor, Heap, HeapRef, HeapStats, Region, ShmArc, ShmObject, ShmSafe,
+};
 pub use netmcore_sys::{NameError, NoRecord, ObjectName, Recorder, SysError};

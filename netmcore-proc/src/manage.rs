@@ -25,17 +25,19 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use netmcore_sem::{NamedSemaphore, SemContainer};
-use netmcore_shm::ShmObject;
+use netmcore_shm::{Region, SentHandle, ShmObject};
 use netmcore_sys::crash_point;
 use netmcore_sys::process::{self, Limit, Pid};
 use netmcore_sys::socket;
 use netmcore_sys::{NoRecord, ObjectName};
 
 use crate::context::{self, Role, Runtime};
+use crate::control::WaitsFor;
 use crate::error::{Error, Result};
 use crate::id::{ProcessId, ResourceId};
 use crate::master;
 use crate::own_fd::OwnFd;
+use crate::region;
 use crate::resource::{Leg, ResourceRepr, ResourceType, managed_path};
 use crate::wire::{FrameReader, RefusedReason, Reply, Request, WireError, frame};
 
@@ -118,6 +120,14 @@ impl Resource {
         }
     }
 
+    /// Returns the region, mapped here; see [`get_region`](crate::get_region).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn region(&self) -> Result<Region> {
+        region::get_region(self.id)
+    }
+
     /// Returns the semaphore container, if it has one. To create semaphores in it that are recorded
     /// first, give [`record`](crate::record) as the recorder.
     pub fn container(&self) -> Option<SemContainer> {
@@ -160,8 +170,8 @@ impl fmt::Display for Resource {
 impl Serialize for Resource {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let is_sending = SENDING.with_borrow_mut(|sending| match sending {
-            Some(ids) => {
-                ids.push(self.id);
+            Some(sent) => {
+                sent.resources.push(self.id);
                 true
             }
             None => false,
@@ -189,30 +199,76 @@ impl<'de> Deserialize<'de> for Resource {
     }
 }
 
+/// What a message that is being encoded holds.
+#[derive(Default)]
+pub(crate) struct Sent {
+    pub(crate) resources: Vec<ResourceId>,
+    /// Regions of which there are handles in it.
+    pub(crate) regions: Vec<ResourceId>,
+    /// Handles of shared values that belong to the message.
+    pub(crate) handles: Vec<SentHandle>,
+    /// The encoder only measures: it will pass over the value once more.
+    is_measuring: bool,
+}
+
 thread_local! {
-    /// The resources in the message that this thread encodes.
-    static SENDING: RefCell<Option<Vec<ResourceId>>> = const { RefCell::new(None) };
+    /// What is in the message that this thread encodes.
+    static SENDING: RefCell<Option<Sent>> = const { RefCell::new(None) };
     static IS_RECEIVING: Cell<bool> = const { Cell::new(false) };
     /// The message that this thread has decoded held a resource.
     static HAS_RECEIVED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs an encoder, and returns the resources that it met.
-pub(crate) fn sending<T>(encode: impl FnOnce() -> T) -> (T, Vec<ResourceId>) {
+pub(crate) fn sending<T>(encode: impl FnOnce() -> T) -> (T, Sent) {
     /// Puts back what an outer encoder had, also when this one panics.
-    struct Outer(Option<Vec<ResourceId>>);
+    struct Outer(Option<Sent>);
     impl Drop for Outer {
         fn drop(&mut self) {
             SENDING.set(self.0.take());
         }
     }
-    let _outer = Outer(SENDING.replace(Some(Vec::new())));
+    let _outer = Outer(SENDING.replace(Some(Sent::default())));
     let result = encode();
-    let mut ids = SENDING.take().unwrap_or_default();
+    let mut sent = SENDING.take().unwrap_or_default();
     // An encoder passes over the value twice: once for the size.
-    ids.sort_unstable();
-    ids.dedup();
-    (result, ids)
+    for ids in [&mut sent.resources, &mut sent.regions] {
+        ids.sort_unstable();
+        ids.dedup();
+    }
+    (result, sent)
+}
+
+/// A handle of a value in the region is in the message that this thread encodes, if it encodes one.
+pub(crate) fn note_handle_sent(id: Option<ResourceId>, handle: &dyn Fn() -> SentHandle) {
+    SENDING.with_borrow_mut(|sending| {
+        if let Some(sent) = sending {
+            sent.regions.extend(id);
+            if !sent.is_measuring {
+                sent.handles.push(handle());
+            }
+        }
+    });
+}
+
+/// Runs the pass of an encoder that only measures.
+pub(crate) fn measuring<T>(measure: impl FnOnce() -> T) -> T {
+    let set = |is_measuring| {
+        SENDING.with_borrow_mut(|sending| match sending {
+            Some(sent) => std::mem::replace(&mut sent.is_measuring, is_measuring),
+            None => false,
+        })
+    };
+    // A value that is measured may talk to the master, and so encode a request.
+    let before = set(true);
+    let result = measure();
+    set(before);
+    result
+}
+
+/// Whether this thread decodes a message that was [sent](sending) by a process.
+pub(crate) fn is_receiving() -> bool {
+    IS_RECEIVING.get()
 }
 
 /// Runs a decoder in which resources may come.
@@ -377,7 +433,11 @@ const MODE: u32 = 0o600;
 
 /// Has a new name recorded, then creates the object here: the master serves others while the kernel
 /// clears the memory. After an error the guard gives both up.
-fn create(doing: &str, repr: ResourceRepr, make: impl FnOnce() -> Result<()>) -> Result<Resource> {
+pub(crate) fn create(
+    doing: &str,
+    repr: ResourceRepr,
+    make: impl FnOnce() -> Result<()>,
+) -> Result<Resource> {
     let _creating = CREATING.read().unwrap_or_else(PoisonError::into_inner);
     let resource = manage(doing, repr)?;
     crash_point!("proc.manage.recorded");
@@ -387,7 +447,7 @@ fn create(doing: &str, repr: ResourceRepr, make: impl FnOnce() -> Result<()>) ->
 }
 
 /// The object is in the record already.
-fn make_shm(name: &ObjectName, len_bytes: u64) -> Result<()> {
+pub(crate) fn make_shm(name: &ObjectName, len_bytes: u64) -> Result<()> {
     let doing = || format!("creating the shared memory object {name}");
     ShmObject::create(name, len_bytes, MODE, &NoRecord)
         .map(drop)
@@ -396,8 +456,36 @@ fn make_shm(name: &ObjectName, len_bytes: u64) -> Result<()> {
 
 fn get(doing: &str, id: ResourceId, expected: Option<ResourceType>) -> Result<Resource> {
     HAS_USES.store(true, Relaxed);
-    match ask(doing, Request::Get { id, expected })? {
-        Reply::Repr(repr) => Ok(Resource::new(id, repr)),
+    let resource = match ask(doing, Request::Get { id, expected })? {
+        Reply::Repr(repr) => Resource::new(id, repr),
+        _ => return Err(unexpected(doing)),
+    };
+    if resource.repr.place().is_some() {
+        region::check_inherited(id)?;
+    }
+    Ok(resource)
+}
+
+/// Becomes a user of a region until this process ends; returns where it lies.
+pub(crate) fn map(id: ResourceId) -> Result<ResourceRepr> {
+    HAS_USES.store(true, Relaxed);
+    let doing = "mapping a region";
+    match ask(doing, Request::Map { id })? {
+        Reply::Repr(repr) => Ok(repr),
+        _ => Err(unexpected(doing)),
+    }
+}
+
+/// Says that a region that this process had mapped is not mapped here any more, and nothing refers to it.
+pub(crate) fn unmap(id: ResourceId) -> Result<()> {
+    expect_done("unmapping a region", Request::Unmap { id })
+}
+
+/// Offers a heap as the one of named objects; returns the region of the one that it is.
+pub(crate) fn offer_heap(id: ResourceId) -> Result<ResourceId> {
+    let doing = "making the heap of named objects";
+    match ask(doing, Request::OfferHeap { id })? {
+        Reply::Id(id) => Ok(id),
         _ => Err(unexpected(doing)),
     }
 }
@@ -570,16 +658,27 @@ pub fn manage_shm_sc(name: &ObjectName, container_prefix: &ObjectName) -> Result
     )
 }
 
-/// Becomes a user of a managed shared memory object with semaphore container.
+/// Becomes a user of a managed shared memory object with semaphore container, preallocated or not.
 ///
 /// # Errors
-/// [`Error::NoResource`] if there is no such resource, or it is of another type.
+/// [`Error::NoResource`] if there is no such resource, or it has no container; [`Error::NotInherited`].
 pub fn get_sem_container(id: ResourceId) -> Result<Resource> {
-    get(
-        "getting a semaphore container",
-        id,
-        Some(ResourceType::PosixShmSc),
-    )
+    let resource = get("getting a semaphore container", id, None).map_err(|error| match error {
+        Error::NoResource { id, found, .. } => Error::NoResource {
+            id,
+            expected: Some(ResourceType::PosixShmSc),
+            found,
+        },
+        error => error,
+    })?;
+    match resource.repr.container_prefix() {
+        Some(_) => Ok(resource),
+        None => Err(Error::NoResource {
+            id,
+            expected: Some(ResourceType::PosixShmSc),
+            found: Some(resource.ty()),
+        }),
+    }
 }
 
 /// Creates a shared memory object with its semaphore container, recorded first.
@@ -710,6 +809,7 @@ pub(crate) fn kill(process: ProcessId) -> Result<()> {
 /// A newborn worker has no uses, whatever its master has.
 pub(crate) fn forget_uses() {
     HAS_USES.store(false, Relaxed);
+    region::forget_own();
 }
 
 /// Before a worker's result can be seen, it is a user of nothing.
@@ -718,16 +818,21 @@ pub(crate) fn release_all_uses() {
         // Another thread that is between record and object would create it after the record is dropped:
         // it is waited for, and nobody begins after it until the process has ended.
         std::mem::forget(CREATING.write().unwrap_or_else(PoisonError::into_inner));
+        // A thread that goes on may look at a region until the process has ended.
+        let with_mappings = process::thread_count().is_ok_and(|count| count == 1);
+        let release = Request::ReleaseAll { with_mappings };
         // Without the master the process is about to be killed, and the uses end with it.
-        let _ = expect_done("releasing all resources", Request::ReleaseAll);
+        let _ = expect_done("releasing all resources", release);
     }
 }
 
-/// Marks the beginning or the end of a wait without deadline; the last worker that begins to wait
+/// Marks the beginning or the end (`None`) of a wait without deadline; the last worker that begins to wait
 /// tells the master to look for a deadlock.
-pub(crate) fn note_wait(runtime: &Runtime, process: ProcessId, begins: bool) {
-    if runtime.control.note_wait(context::me(), process, begins) {
-        let _ = runtime.ring();
+pub(crate) fn note_wait(runtime: &Runtime, on: Option<WaitsFor>) {
+    match on {
+        Some(on) if runtime.control.note_wait(context::me(), on) => drop(runtime.ring()),
+        Some(_) => {}
+        None => runtime.control.note_wait_over(context::me()),
     }
 }
 

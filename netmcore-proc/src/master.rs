@@ -33,6 +33,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use netmcore_pmanage::{ControllerSocket, Liveness, Log};
+use netmcore_sem::current;
 use netmcore_shm::Arena;
 use netmcore_sys::crash_point;
 use netmcore_sys::poll::EventFd;
@@ -43,15 +44,17 @@ pub(crate) use birth::Inheritance;
 
 use crate::codec::Codec;
 use crate::context::{self, BodyCell, Definition, Role, Runtime};
-use crate::control::{Control, POINT_LIMIT, READY_LIMIT, Seen};
+use crate::control::{Control, Heirs, POINT_LIMIT, READY_LIMIT, Seen};
 use crate::error::{Error, JoinError, Result};
-use crate::id::ProcessId;
+use crate::id::{ProcessId, ResourceId};
 use crate::own_fd::OwnFd;
+use crate::owners;
 use crate::point::{PointKey, Process, Running};
+use crate::region;
 use crate::resource::{ResourceRepr, ResourceTable, User};
 use crate::wire::{Reply, Request};
 use crate::worker;
-use run::{Objects, Run};
+use run::{Lookers, Objects, Run};
 use state::{EndReason, State};
 
 /// Address space for arguments and results; memory is taken only as they need it.
@@ -83,7 +86,8 @@ struct Config {
     no_unlink: bool,
     ready_workers: usize,
     process_limit: usize,
-    control_len_bytes: usize,
+    control_len_bytes: Option<usize>,
+    shared_heap_max_bytes: Option<u64>,
 }
 
 /// The master of this process, before, in and after its run.
@@ -93,6 +97,8 @@ struct Core {
     keys: Vec<PointKey>,
     state: State,
     opened: Option<Opened>,
+    /// Where regions that are made before the run get their places.
+    arena: Option<Arena>,
     run: Option<Run>,
     /// The pidfile that has been written, by a path that holds wherever the program goes.
     written_pidfile: Option<PathBuf>,
@@ -149,6 +155,18 @@ impl Core {
             pid: Pid::this(),
         });
         Ok(())
+    }
+
+    /// The arena of the run that is under way, or will be.
+    fn arena(&mut self) -> Result<Arena> {
+        if let Some(run) = &self.run {
+            let memory = run.runtime.memory.lock().expect("one thread");
+            if let Some((_, arena)) = &*memory {
+                return Ok(arena.clone());
+            }
+        }
+        self.open()?;
+        reserve(&mut self.arena)
     }
 
     fn define(&mut self, name: &'static str, codec: Codec) -> PointKey {
@@ -233,21 +251,37 @@ impl Core {
             ),
         };
         events.push_back(state::Event::ResourcesChanged);
-        let mut actions = Vec::new();
-        for event in events {
+        while let Some(event) = events.pop_front() {
+            let mut actions = Vec::new();
             self.state.step(event, &mut actions);
-        }
-        for action in actions {
-            match (&mut self.run, action) {
-                (Some(run), action) => run.perform_now(action, &opened.objects, &mut self.state),
-                (None, state::Action::Destroy(id, repr)) => {
-                    opened.objects.destroy(id, &repr);
+            for action in actions {
+                match (&mut self.run, action) {
+                    (Some(run), action) => {
+                        run.perform_now(action, &opened.objects, &mut self.state);
+                    }
+                    // Nothing has been started that could inherit.
+                    (None, state::Action::LookForHeirs) => {
+                        events.push_back(state::Event::Heirs(Heirs::default()));
+                    }
+                    (None, state::Action::Destroy(id, repr)) => {
+                        opened.objects.destroy(id, &repr, Lookers::None);
+                    }
+                    (None, _) => {}
                 }
-                (None, _) => {}
             }
         }
         Ok(reply)
     }
+}
+
+/// The arena, reserved when it is first needed.
+fn reserve(arena: &mut Option<Arena>) -> Result<Arena> {
+    let reserved = match arena.take() {
+        Some(arena) => arena,
+        None => Arena::reserve(ARENA_LEN_BYTES)
+            .map_err(Error::memory("reserving addresses for shared memory"))?,
+    };
+    Ok(arena.insert(reserved).clone())
 }
 
 /// Deletes what the record names, and empties it.
@@ -292,6 +326,40 @@ pub(crate) fn answer_here(request: Request) -> Result<Reply> {
     answer.unwrap_or(Err(Error::NotRunning {
         call: "a request to the master",
     }))
+}
+
+/// The arena, in the master process: in a hook, or before the run.
+pub(crate) fn arena_here() -> Result<Arena> {
+    let missing = Error::NotRunning {
+        call: "mapping a region",
+    };
+    let Some(core) = CURRENT.with_borrow(Clone::clone) else {
+        return Err(missing);
+    };
+    let arena = core.try_borrow_mut().map(|mut core| core.arena());
+    arena.unwrap_or(Err(missing))
+}
+
+/// The heap of named objects, before the run.
+pub(crate) fn named_heap_here() -> Result<Option<ResourceId>> {
+    core_here(|core| core.state.named_heap)
+}
+
+/// To what length it may grow, before the run.
+pub(crate) fn shared_heap_max_bytes_here() -> Result<Option<u64>> {
+    core_here(|core| core.config.shared_heap_max_bytes)
+}
+
+fn core_here<T>(ask: impl FnOnce(&Core) -> T) -> Result<T> {
+    let missing = || Error::NotRunning {
+        call: "a request to the master",
+    };
+    let core = CURRENT.with_borrow(Clone::clone).ok_or_else(missing)?;
+    let core = core.try_borrow().map_err(|_| missing())?;
+    match core.is_over {
+        true => Err(missing()),
+        false => Ok(ask(&core)),
+    }
 }
 
 /// Returns the record of kernel-persistent objects of the run, for a program that records objects of
@@ -392,7 +460,8 @@ impl Master {
             no_unlink: false,
             ready_workers: process::available_processors(),
             process_limit: PROCESS_LIMIT,
-            control_len_bytes: CONTROL_LEN_BYTES,
+            control_len_bytes: None,
+            shared_heap_max_bytes: None,
         };
         let first_resource = NEXT_RESOURCE.load(Relaxed);
         let core = Rc::new(RefCell::new(Core {
@@ -401,6 +470,7 @@ impl Master {
             keys: Vec::new(),
             state: State::new(ResourceTable::starting_at(first_resource)),
             opened: None,
+            arena: None,
             run: None,
             written_pidfile: None,
             is_over: false,
@@ -459,10 +529,16 @@ impl Master {
         self.configure(|config| config.process_limit = limit.clamp(1, 1 << 20))
     }
 
-    /// Address space for arguments and results that are under way, in bytes; 64 GiB by default.
-    /// Memory is taken only as they need it.
+    /// Address space for arguments and results that are under way, in bytes; 64 GiB by default, or a quarter of the arena where
+    /// `ulimit -v` limits addresses. Memory is taken only as they need it.
     pub fn message_memory(self, bytes: usize) -> Self {
-        self.configure(|config| config.control_len_bytes = bytes.max(1 << 20))
+        self.configure(|config| config.control_len_bytes = Some(bytes.max(1 << 20)))
+    }
+
+    /// To what length the heap that all processes share ([`shared_heap`](crate::shared_heap)) may grow, in bytes; as for other
+    /// regions by default, [`Region::DEFAULT_MAX_LEN_BYTES`](crate::Region::DEFAULT_MAX_LEN_BYTES). Memory is taken only as it is used.
+    pub fn shared_heap_max_bytes(self, bytes: u64) -> Self {
+        self.configure(|config| config.shared_heap_max_bytes = Some(bytes))
     }
 
     /// Defines a process: a function that workers will run, with what it captures.
@@ -664,17 +740,20 @@ impl Core {
             return Err(Error::MultiThreaded { threads });
         }
         self.open()?;
+        region::install();
         crash_point!("proc.master.opened");
         let opened = self.opened.as_ref().expect("it has just been opened");
         context::retire_runtime();
         let doing = || Error::system("setting up the master");
-        let arena = Arena::reserve(ARENA_LEN_BYTES)
-            .map_err(Error::memory("reserving addresses for shared memory"))?;
+        let arena = reserve(&mut self.arena)?;
+        let control_len_bytes = self.config.control_len_bytes;
+        let control_len_bytes =
+            control_len_bytes.unwrap_or_else(|| CONTROL_LEN_BYTES.min(arena.len_bytes() / 4));
         let first_process = NEXT_PROCESS.load(Relaxed);
         let (control, region) = Control::create(
             &arena,
             self.config.process_limit,
-            self.config.control_len_bytes,
+            control_len_bytes,
             first_process,
         )?;
         if let Some(pidfile) = &self.config.pidfile {
@@ -703,9 +782,14 @@ impl Core {
             master: Pid::this(),
             admin_socket: ControllerSocket::path(&opened.dir),
             recorded_dir: opened.objects.log.as_ref().map(|_| opened.dir.clone()),
+            shared_heap_max_bytes: self.config.shared_heap_max_bytes,
             is_multiprocessor: process::available_processors() > 1,
             seed: process::random_u64(),
         });
+        runtime
+            .control
+            .set_next_resource(self.state.resources.next_id());
+        runtime.control.set_named_heap(self.state.named_heap);
         for key in &self.keys {
             if self.state.resources.get(key.fork_point, None).is_err() {
                 runtime.control.release_fork_point(key.index);
@@ -715,6 +799,7 @@ impl Core {
             }
         }
         context::become_master();
+        owners::install();
         self.state
             .begin(self.config.grace, self.config.ready_workers, worker_limit);
         self.run = Some(Run::new(runtime, inheritance, base, doorbell, listener)?);
@@ -782,8 +867,14 @@ impl Core {
         }
         crash_point!("proc.master.over");
         if let Some(opened) = self.opened.take() {
+            // The program may still hold handles that it has taken out of the run: that memory goes with the program.
+            let mapped = self.state.resources.mapped_by(User::Master);
             for (id, repr) in self.state.resources.destroy_all() {
-                for error in opened.objects.destroy(id, &repr) {
+                let lookers = match mapped.contains(&id) {
+                    true => Lookers::Some,
+                    false => Lookers::None,
+                };
+                for error in opened.objects.destroy(id, &repr, lookers) {
                     note(Err(error));
                 }
             }
@@ -803,6 +894,9 @@ impl Core {
             }));
         }
         self.is_over = true;
+        if run.is_some() {
+            current::uninstall();
+        }
         context::become_nobody();
         drop(run);
         tracing::info!(target: "netmcore", "the run is over");

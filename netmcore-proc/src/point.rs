@@ -14,18 +14,21 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use netmcore_shm::SentHandle;
 use netmcore_sys::futex::Deadline;
 
 use crate::codec::{self, Codec, EncodeError};
 use crate::context::{self, Role, Runtime};
-use crate::control::{ClaimError, Entry, Joining, Order, Outcome, Seen, Waited};
+use crate::control::{
+    ClaimError, Entry, InheritOrder, Joining, Order, Outcome, Seen, Waited, WaitsFor,
+};
 use crate::error::{Error, ExceededLimit, Failure, JoinError, Result};
 use crate::id::{ProcessId, ResourceId};
 use crate::manage;
-use crate::resource::{Leg, ResourceType};
+use crate::resource::{Inherit, Leg, ResourceType};
 use crate::worker;
 
-/// How a process is started; the default is without limits.
+/// How a process is started; the default is without limits, and all regions are inherited.
 ///
 /// ```
 /// use netmcore_proc::StartOptions;
@@ -33,13 +36,23 @@ use crate::worker;
 ///
 /// let options = StartOptions::new().memory_limit(64 << 20).time_limit(Duration::from_secs(10));
 /// ```
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct StartOptions {
     memory_limit_bytes: Option<u64>,
     time_limit: Option<Duration>,
+    inherit: Inherit,
 }
 
 impl StartOptions {
+    /// The order with these limits.
+    fn limited(&self, order: Order) -> Order {
+        Order {
+            memory_limit_bytes: self.memory_limit_bytes,
+            time_limit_ns: self.time_limit.map(as_ns),
+            ..order
+        }
+    }
+
     /// Makes the default options.
     pub fn new() -> Self {
         Self::default()
@@ -52,6 +65,15 @@ impl StartOptions {
     /// does not count.
     pub fn memory_limit(mut self, bytes: u64) -> Self {
         self.memory_limit_bytes = Some(bytes.max(1));
+        self
+    }
+
+    /// Says which preallocated regions the process may see; all by default.
+    ///
+    /// It is a user of them from now on until it ends, whether it looks at them or not.
+    #[doc(alias = "inherit_resources")]
+    pub fn inherit(mut self, inherit: Inherit) -> Self {
+        self.inherit = inherit;
         self
     }
 
@@ -239,7 +261,7 @@ impl<A: Serialize + DeserializeOwned, R: Serialize + DeserializeOwned> Process<A
     /// # Errors
     /// As for [`Process::start`].
     pub fn start_with(&self, arg: &A, options: StartOptions) -> Result<Running<R>> {
-        let process = start_defined(&self.key, arg, options, false)?;
+        let process = start_defined(&self.key, arg, &options, false)?;
         Ok(Running::new(
             process,
             self.key.join_point,
@@ -254,7 +276,7 @@ impl<A: Serialize + DeserializeOwned, R: Serialize + DeserializeOwned> Process<A
     /// # Errors
     /// As for [`Process::start`].
     pub fn start_detached(&self, arg: &A) -> Result<ProcessId> {
-        start_defined(&self.key, arg, StartOptions::default(), true)
+        start_defined(&self.key, arg, &StartOptions::default(), true)
     }
 }
 
@@ -264,7 +286,7 @@ impl<A: Serialize> ForkPoint<A> {
     /// # Errors
     /// As for [`Process::start`].
     pub fn start(&self, arg: &A) -> Result<ProcessId> {
-        start_defined(&self.key, arg, StartOptions::default(), false)
+        start_defined(&self.key, arg, &StartOptions::default(), false)
     }
 
     /// Starts a process with limits.
@@ -272,7 +294,7 @@ impl<A: Serialize> ForkPoint<A> {
     /// # Errors
     /// As for [`Process::start`].
     pub fn start_with(&self, arg: &A, options: StartOptions) -> Result<ProcessId> {
-        start_defined(&self.key, arg, options, false)
+        start_defined(&self.key, arg, &options, false)
     }
 }
 
@@ -533,7 +555,7 @@ impl<R: DeserializeOwned> Running<R> {
                 None,
                 |done| context::spin(runtime, done),
                 |begins| {
-                    manage::note_wait(runtime, process, begins);
+                    manage::note_wait(runtime, begins.then_some(WaitsFor::Process(process)));
                 },
             ),
             Wait::Until(deadline) => {
@@ -689,7 +711,7 @@ pub fn join_any<R: DeserializeOwned>(running: &[Running<R>]) -> (usize, Result<R
     let _in_flight = runtime.control.enter(context::me());
     loop {
         let ended = runtime.control.wait_any(&processes, None, |begins| {
-            manage::note_wait(runtime, first, begins);
+            manage::note_wait(runtime, begins.then_some(WaitsFor::Process(first)));
         });
         let Some(position) = ended else {
             return (0, Err(JoinError::ShutDown { process: first }));
@@ -705,7 +727,7 @@ pub fn join_any<R: DeserializeOwned>(running: &[Running<R>]) -> (usize, Result<R
 fn start_defined<A: Serialize>(
     key: &PointKey,
     arg: &A,
-    options: StartOptions,
+    options: &StartOptions,
     detached: bool,
 ) -> Result<ProcessId> {
     let runtime = context::running("start")?;
@@ -723,10 +745,11 @@ fn start_defined<A: Serialize>(
         join_point: key.join_point.get(),
         codec: key.codec.number(),
         detached: detached || runtime.control.is_join_point_released(key.index),
-        memory_limit_bytes: options.memory_limit_bytes,
-        time_limit_ns: options.time_limit.map(as_ns),
+        memory_limit_bytes: None,
+        time_limit_ns: None,
+        inherit: InheritOrder::All,
     };
-    start(runtime, key.codec, arg, order)
+    start(runtime, key.codec, arg, order, options)
 }
 
 fn as_ns(duration: Duration) -> u64 {
@@ -739,6 +762,7 @@ pub(crate) fn start<A: Serialize + ?Sized>(
     codec: Codec,
     arg: &A,
     order: Order,
+    options: &StartOptions,
 ) -> Result<ProcessId> {
     let control = &runtime.control;
     match control.phase() {
@@ -751,13 +775,18 @@ pub(crate) fn start<A: Serialize + ?Sized>(
     let me = context::me();
     let _in_flight = control.enter(me);
     let preparing = control.prepare(me)?;
-    let block = worker::encode_block(runtime, codec, arg, preparing.process(), Leg::Argument)
-        .map_err(|error| match error {
-            EncodeError::Codec(error) => error.into_encode(),
-            EncodeError::Place(error) => error,
-        })?;
+    let (block, handles) =
+        worker::encode_block(runtime, codec, arg, preparing.process(), Leg::Argument).map_err(
+            |error| match error {
+                EncodeError::Codec(error) => error.into_encode(),
+                EncodeError::Place(error) => error,
+            },
+        )?;
     preparing.set_argument(block);
+    let mut order = options.limited(order);
+    order.inherit = control.place_inherit(&options.inherit, preparing.process(), me)?;
     let (process, must_ring) = preparing.queue(order);
+    handles.into_iter().for_each(SentHandle::leave);
     if let Entry::Defined(index) = order.entry
         && !order.detached
         && control.is_join_point_released(index)

@@ -52,7 +52,7 @@ pub enum ResourceType {
     PosixSem,
     /// A POSIX shared memory object.
     PosixShm,
-    /// A POSIX shared memory object that the manager created and gave a place in the arena.
+    /// A POSIX shared memory object with a place in the arena, the same in every process.
     PosixShmPreallocated,
     /// The same with a semaphore container.
     PosixShmPreallocatedSc,
@@ -106,8 +106,10 @@ pub enum ResourceRepr {
         name: ObjectName,
         /// The address of its place, the same in every process.
         at: u64,
-        /// Its length.
+        /// Its length when it was created; it may have grown since.
         len_bytes: u64,
+        /// The length of its place, to which it can grow.
+        max_len_bytes: u64,
     },
     /// A shared memory object with a place in the arena and a semaphore container.
     PosixShmPreallocatedSc {
@@ -116,8 +118,10 @@ pub enum ResourceRepr {
         name: ObjectName,
         /// The address of its place, the same in every process.
         at: u64,
-        /// Its length.
+        /// Its length when it was created; it may have grown since.
         len_bytes: u64,
+        /// The length of its place, to which it can grow.
+        max_len_bytes: u64,
         /// The prefix of the semaphore container.
         #[serde(with = "name_bytes")]
         prefix: ObjectName,
@@ -145,6 +149,19 @@ impl ResourceRepr {
             ResourceRepr::PosixShmPreallocated { .. } => ResourceType::PosixShmPreallocated,
             ResourceRepr::PosixShmPreallocatedSc { .. } => ResourceType::PosixShmPreallocatedSc,
             ResourceRepr::PosixShmSc { .. } => ResourceType::PosixShmSc,
+        }
+    }
+
+    /// Returns where a preallocated object lies: the address of its place, and the most bytes that it can grow to.
+    pub(crate) fn place(&self) -> Option<(u64, u64)> {
+        match *self {
+            ResourceRepr::PosixShmPreallocated {
+                at, max_len_bytes, ..
+            }
+            | ResourceRepr::PosixShmPreallocatedSc {
+                at, max_len_bytes, ..
+            } => Some((at, max_len_bytes)),
+            _ => None,
         }
     }
 
@@ -231,14 +248,18 @@ impl fmt::Display for ResourceRepr {
     }
 }
 
-/// Which resources a new process may see, and keeps alive until it ends.
+/// Which preallocated regions a new process may see. It is a user of each from the start on, until it ends.
+///
+/// Looking at another one, in whatever form its handle came, is refused with
+/// [`Error::NotInherited`](crate::Error::NotInherited). Resources of other types are not inherited: whoever knows
+/// the id gets them.
 #[doc(alias = "inherit_request")]
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum Inherit {
-    /// All that exist when the process is started.
+    /// All: those that exist when the process is started are kept alive for it, and younger ones are in reach.
     #[default]
     All,
-    /// These.
+    /// These, and what the process creates itself.
     #[doc(alias = "Resources")]
     Only(Vec<ResourceId>),
 }
@@ -282,8 +303,21 @@ pub(crate) enum User {
     Master,
     /// A worker, until it ends.
     Process(ProcessId),
+    /// A region's mapping in a worker, or in the master (`None`). It cannot be released: pointers into the region may
+    /// lie anywhere.
+    Mapping(Option<ProcessId>),
     /// A message on its way: it uses what is in it until the receiver has taken it over.
     InFlight { process: ProcessId, leg: Leg },
+}
+
+impl User {
+    /// The user that stands for this one's mappings.
+    fn mapping(self) -> User {
+        match self {
+            User::Process(process) => User::Mapping(Some(process)),
+            User::Master | User::Mapping(_) | User::InFlight { .. } => User::Mapping(None),
+        }
+    }
 }
 
 impl fmt::Display for User {
@@ -291,6 +325,8 @@ impl fmt::Display for User {
         match self {
             User::Master => f.write_str("the master"),
             User::Process(process) => write!(f, "{process}"),
+            User::Mapping(None) => f.write_str("a mapping in the master"),
+            User::Mapping(Some(process)) => write!(f, "a mapping in {process}"),
             User::InFlight {
                 process,
                 leg: Leg::Argument,
@@ -488,6 +524,50 @@ impl ResourceTable {
         Ok(&self.entries[&id].repr)
     }
 
+    /// Looks a region up that `user` is about to map, and enters the mapping, once however often it is asked for.
+    ///
+    /// # Errors
+    ///
+    /// `NoResource` when there is no such resource, or it has no place in the arena.
+    pub(crate) fn map(
+        &mut self,
+        id: ResourceId,
+        user: User,
+    ) -> Result<&ResourceRepr, ResourceError> {
+        let repr = self.get(id, None)?;
+        if repr.place().is_none() {
+            return Err(ResourceError::NoResource {
+                id,
+                expected: Some(ResourceType::PosixShmPreallocated),
+                found: Some(repr.ty()),
+            });
+        }
+        let mapping = user.mapping();
+        if !self.is_user(id, mapping) {
+            self.add_use(id, mapping);
+        }
+        Ok(&self.entries[&id].repr)
+    }
+
+    /// Takes back what [`map`](Self::map) has entered.
+    pub(crate) fn unmap(&mut self, id: ResourceId, user: User) -> Result<(), ResourceError> {
+        self.release(id, user.mapping())
+    }
+
+    /// The region that an address lies in, and how far behind its beginning.
+    pub(crate) fn region_at(&self, address: u64) -> Option<(ResourceId, u64)> {
+        self.entries.iter().find_map(|(&id, entry)| {
+            let (at, max_len_bytes) = entry.repr.place()?;
+            let offset = address.checked_sub(at)?;
+            (offset < max_len_bytes).then_some((id, offset))
+        })
+    }
+
+    /// The regions that `user` has mapped.
+    pub(crate) fn mapped_by(&self, user: User) -> BTreeSet<ResourceId> {
+        self.uses_of(user.mapping()).map(|(id, _)| id).collect()
+    }
+
     /// Takes one use from `user`.
     pub(crate) fn release(&mut self, id: ResourceId, user: User) -> Result<(), ResourceError> {
         self.get(id, None)?;
@@ -498,8 +578,16 @@ impl ResourceTable {
         }
     }
 
+    /// Takes all uses from `user`, those of its mappings too if it has no use for them any more.
+    pub(crate) fn release_all(&mut self, user: User, with_mappings: bool) {
+        self.drop_user(user);
+        if with_mappings {
+            self.drop_user(user.mapping());
+        }
+    }
+
     /// Takes all uses from `user`.
-    pub(crate) fn drop_user(&mut self, user: User) {
+    fn drop_user(&mut self, user: User) {
         let used: Vec<_> = self.uses_of(user).collect();
         for (id, count) in used {
             self.take_uses(id, user, count);
@@ -509,7 +597,7 @@ impl ResourceTable {
     /// Takes all uses that end with a process, however it ended: its own, and those of the argument it did not take
     /// over. Its result goes on being under way until it lands or is dropped.
     pub(crate) fn process_ended(&mut self, process: ProcessId) {
-        self.drop_user(User::Process(process));
+        self.release_all(User::Process(process), true);
         self.land(process, Leg::Argument);
     }
 
@@ -530,7 +618,12 @@ impl ResourceTable {
     ) -> Result<(), ResourceError> {
         for &id in ids {
             self.get(id, None)?;
-            if !self.is_user(id, sender) && !inherits(id) {
+            let is_user = |user| self.is_user(id, user);
+            // What the master has mapped is mapped in its workers without a use of their own.
+            let uses = [sender, sender.mapping(), User::Mapping(None)]
+                .into_iter()
+                .any(is_user);
+            if !uses && !inherits(id) {
                 return Err(ResourceError::NotAUser { id });
             }
         }
@@ -568,16 +661,25 @@ impl ResourceTable {
         }
     }
 
+    /// Whether there is a region without a user here: then those that inherit are to be asked for.
+    pub(crate) fn has_unused_regions(&self) -> bool {
+        self.unused
+            .iter()
+            .any(|id| self.entries[id].repr.place().is_some())
+    }
+
     /// Removes the resources that have no user here and are not `held` elsewhere, and hands them out for deletion,
     /// youngest first. Those that are held stay, and are asked about again next time.
     pub(crate) fn take_unused(
         &mut self,
-        held: impl Fn(ResourceId) -> bool,
+        held: impl Fn(ResourceId, &ResourceRepr) -> bool,
     ) -> Vec<(ResourceId, ResourceRepr)> {
         let unused: Vec<_> = self.unused.iter().rev().copied().collect();
         unused
             .into_iter()
-            .filter(|&id| !held(id))
+            .filter(|id| !held(*id, &self.entries[id].repr))
+            .collect::<Vec<_>>()
+            .into_iter()
             .map(|id| (id, self.forget(id)))
             .collect()
     }
@@ -753,7 +855,7 @@ mod tests {
     }
 
     fn one_of_each() -> [ResourceRepr; 8] {
-        let (at, len_bytes) = (0x1000_0000_0000, 65536);
+        let (at, len_bytes, max_len_bytes) = (0x1000_0000_0000, 65536, 1 << 30);
         [
             ResourceRepr::File("/tmp/a".into()),
             ResourceRepr::ForkPoint(3),
@@ -764,11 +866,13 @@ mod tests {
                 name: name("/pre"),
                 at,
                 len_bytes,
+                max_len_bytes,
             },
             ResourceRepr::PosixShmPreallocatedSc {
                 name: name("/presc"),
                 at,
                 len_bytes,
+                max_len_bytes,
                 prefix: name("/c"),
             },
             ResourceRepr::PosixShmSc {
@@ -787,6 +891,7 @@ mod tests {
     }
 
     const NOBODY: fn(ResourceId) -> bool = |_| false;
+    const UNHELD: fn(ResourceId, &ResourceRepr) -> bool = |_, _| false;
 
     #[test]
     fn reprs_are_shown_in_words() {
@@ -890,13 +995,13 @@ mod tests {
         assert_eq!((first.id, first.is_new), (ResourceId::from_raw(1), true));
         assert_eq!((again.id, again.is_new), (first.id, false));
         table.release(first.id, User::Master).unwrap();
-        assert_eq!(table.take_unused(NOBODY), []);
+        assert_eq!(table.take_unused(UNHELD), []);
         table.release(first.id, User::Master).unwrap();
         assert_eq!(
             table.release(first.id, User::Master),
             Err(ResourceError::NotAUser { id: first.id })
         );
-        assert_eq!(table.take_unused(NOBODY), [(first.id, shm("/a"))]);
+        assert_eq!(table.take_unused(UNHELD), [(first.id, shm("/a"))]);
         let later = table.insert(shm("/a"), User::Master).unwrap();
         assert_eq!((later.id, later.is_new), (ResourceId::from_raw(2), true));
     }
@@ -936,12 +1041,12 @@ mod tests {
             )
             .unwrap();
         table.process_ended(sender);
-        assert_eq!(table.take_unused(NOBODY), []);
+        assert_eq!(table.take_unused(UNHELD), []);
         table.acquire(id, None, User::Process(receiver)).unwrap();
         table.land(receiver, Leg::Argument);
-        assert_eq!(table.take_unused(NOBODY), []);
+        assert_eq!(table.take_unused(UNHELD), []);
         table.process_ended(receiver);
-        assert_eq!(table.take_unused(NOBODY), [(id, shm("/a"))]);
+        assert_eq!(table.take_unused(UNHELD), [(id, shm("/a"))]);
     }
 
     #[test]
@@ -960,7 +1065,7 @@ mod tests {
             .unwrap();
         table.process_ended(sender);
         table.process_ended(receiver);
-        assert_eq!(table.take_unused(NOBODY), [(id, shm("/a"))]);
+        assert_eq!(table.take_unused(UNHELD), [(id, shm("/a"))]);
     }
 
     #[test]
@@ -972,10 +1077,67 @@ mod tests {
             .send(User::Process(worker), worker, Leg::Result, &[id], NOBODY)
             .unwrap();
         table.process_ended(worker);
-        assert_eq!(table.take_unused(NOBODY), []);
+        assert_eq!(table.take_unused(UNHELD), []);
         table.acquire(id, None, User::Process(joiner)).unwrap();
         table.land(worker, Leg::Result);
         assert_eq!(list(&table)[0].users, [(User::Process(joiner), 1)]);
+    }
+
+    #[test]
+    fn mapping_outlasts_releases_and_ends_with_its_process() {
+        let mut table = ResourceTable::default();
+        let user = User::Process(process(1));
+        let [.., region, _, _] = one_of_each();
+        let id = table.insert(region.clone(), user).unwrap().id;
+        for _ in 0..2 {
+            assert_eq!(table.map(id, user), Ok(&region));
+        }
+        table.release(id, user).unwrap();
+        assert_eq!(table.release(id, user), Err(ResourceError::NotAUser { id }));
+        assert_eq!(table.mapped_by(user), BTreeSet::from([id]));
+        assert_eq!(table.mapped_by(User::Master), BTreeSet::new());
+        table.release_all(user, false);
+        assert_eq!(table.take_unused(UNHELD), []);
+        table.process_ended(process(1));
+        assert!(table.has_unused_regions());
+        assert_eq!(table.take_unused(UNHELD), [(id, region)]);
+
+        let file = ResourceRepr::File("/tmp/a".into());
+        let file = table.insert(file, user).unwrap().id;
+        assert!(matches!(
+            table.map(file, user),
+            Err(ResourceError::NoResource {
+                found: Some(ResourceType::File),
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn unmapped_region_has_a_use_less() {
+        let mut table = ResourceTable::default();
+        let user = User::Process(process(1));
+        let repr = one_of_each()
+            .into_iter()
+            .find(|repr| repr.place().is_some())
+            .unwrap();
+        let (at, max_len_bytes) = repr.place().unwrap();
+        let id = table.insert(repr, user).unwrap().id;
+        let end = at + max_len_bytes;
+        assert_eq!(table.region_at(at - 1), None);
+        assert_eq!(table.region_at(end - 1), Some((id, max_len_bytes - 1)));
+        assert_eq!(table.region_at(end), None);
+
+        assert_eq!(
+            table.unmap(id, user),
+            Err(ResourceError::NotAUser { id }),
+            "it is not mapped"
+        );
+        table.map(id, user).unwrap();
+        table.release(id, user).unwrap();
+        assert!(!table.has_unused_regions());
+        table.unmap(id, user).unwrap();
+        assert!(table.has_unused_regions());
     }
 
     #[test]
@@ -1227,7 +1389,10 @@ mod tests {
                 expected.reverse();
                 let kept = naive.resources.iter().filter(|(id, _)| !gone(*id));
                 let kept: Vec<_> = kept.cloned().collect();
-                assert_eq!(table.take_unused(|id| held.contains(&id.get())), expected);
+                assert_eq!(
+                    table.take_unused(|id, _| held.contains(&id.get())),
+                    expected
+                );
                 naive.resources = kept;
             }
             Op::DestroyAll => {

@@ -17,10 +17,10 @@ use netmcore_shm::Block;
 
 use crate::codec::Codec;
 use crate::context::{self, Runtime};
-use crate::control::{Entry, Order};
+use crate::control::{Entry, InheritOrder, Order};
 use crate::error::{Error, Failure, Result};
 use crate::id::ResourceId;
-use crate::point::{Running, start};
+use crate::point::{Running, StartOptions, start};
 use crate::worker::Call;
 
 type EntryFn = fn(&Call<'_>) -> Result<Option<Block>, Failure>;
@@ -59,6 +59,19 @@ where
     A: Serialize + DeserializeOwned,
     R: Serialize + DeserializeOwned,
 {
+    spawn_with(f, arg, StartOptions::default())
+}
+
+/// Starts a function that captures nothing as a process, with options; else as [`spawn`].
+///
+/// # Errors
+/// As for [`spawn`].
+pub fn spawn_with<F, A, R>(f: F, arg: &A, options: StartOptions) -> Result<Running<R>>
+where
+    F: Fn(A) -> R + Copy + 'static,
+    A: Serialize + DeserializeOwned,
+    R: Serialize + DeserializeOwned,
+{
     const {
         assert!(
             size_of::<F>() == 0,
@@ -79,8 +92,9 @@ where
         detached: false,
         memory_limit_bytes: None,
         time_limit_ns: None,
+        inherit: InheritOrder::All,
     };
-    let process = start(runtime, Codec::Bincode, arg, order)?;
+    let process = start(runtime, Codec::Bincode, arg, order, &options)?;
     Ok(Running::new(
         process,
         ResourceId::from_raw(0),

@@ -36,7 +36,7 @@ use crate::resource::{Leg, ResourceError, ResourceLine, ResourceRepr, ResourceTy
 
 const MAGIC: [u8; 4] = *b"nmcw";
 /// Counts up with every change of the messages below.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 3;
 const HEADER_LEN_BYTES: usize = 12;
 /// The longest body. Arguments and results do not travel here, so real bodies are some hundred bytes.
 pub(crate) const BODY_LIMIT_BYTES: usize = 1 << 20;
@@ -51,17 +51,21 @@ pub(crate) enum Request {
     Hello { process: Option<ProcessId> },
     /// Take over an object that may exist or not.
     Manage(ResourceRepr),
-    /// Create an object with a new name, record first.
-    Create(Creation),
     /// Look up, and become a user.
     Get {
         id: ResourceId,
         expected: Option<ResourceType>,
     },
+    /// Look up a region that this process is about to map; the use lasts as long as the process.
+    Map { id: ResourceId },
+    /// A region is not mapped here any more, and nothing refers to it.
+    Unmap { id: ResourceId },
+    /// Make this the heap in which named objects are, unless there is one; the reply says which it is.
+    OfferHeap { id: ResourceId },
     /// Give up one use.
     Release { id: ResourceId },
-    /// Give up all uses.
-    ReleaseAll,
+    /// Give up all uses; mappings as well, when nothing in this process can look at them any more.
+    ReleaseAll { with_mappings: bool },
     /// The argument or result of a process holds these; sent before the message is.
     Send {
         process: ProcessId,
@@ -84,23 +88,11 @@ pub(crate) enum Request {
     Resources { after: Option<ResourceId> },
 }
 
-/// What only the master can create, since it gives out the places in the arena. The name is the prefix and
-/// something that makes it unique.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub(crate) enum Creation {
-    PreallocatedShm { prefix: Vec<u8>, len_bytes: u64 },
-    PreallocatedShmSc { prefix: Vec<u8>, len_bytes: u64 },
-}
-
 /// What the master answers.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Reply {
     Done,
     Id(ResourceId),
-    Created {
-        id: ResourceId,
-        repr: ResourceRepr,
-    },
     Repr(ResourceRepr),
     Refused(RefusedReason),
     /// A page; with `more`, ask again behind the last line.
@@ -586,11 +578,11 @@ mod tests {
     #[test]
     fn format_is_as_documented() {
         let bytes = frame(&Request::Shutdown).unwrap();
-        assert_eq!(bytes, *b"nmcw\x01\0\x01\0\x04\0\0\0\x0b\0\0\0");
+        assert_eq!(bytes, *b"nmcw\x03\0\x01\0\x04\0\0\0\x0d\0\0\0");
         let bytes = frame(&Reply::Id(ResourceId::from_raw(7))).unwrap();
         assert_eq!(
             bytes,
-            *b"nmcw\x01\0\x02\0\x0c\0\0\0\x01\0\0\0\x07\0\0\0\0\0\0\0"
+            *b"nmcw\x03\0\x02\0\x0c\0\0\0\x01\0\0\0\x07\0\0\0\0\0\0\0"
         );
     }
 
@@ -608,8 +600,8 @@ mod tests {
                  00 00 00 00 02, a Sun RPC call, which Netplex's admin tools send; use the `netmcore` command instead",
             ),
             (
-                error_of(&header(2, 1, 0)),
-                "the peer speaks version 2 of the protocol, and this program version 1; use programs with the same \
+                error_of(&header(4, 1, 0)),
+                "the peer speaks version 4 of the protocol, and this program version 3; use programs with the same \
                  version of netmcore",
             ),
             (
@@ -646,7 +638,7 @@ mod tests {
                 .message::<Request>()
                 .unwrap_err(),
                 "the peer sent a frame whose body is not a request: invalid value: integer `99`, expected variant \
-                 index 0 <= i < 14",
+                 index 0 <= i < 16",
             ),
         ] {
             assert_eq!(error.to_string(), message);
@@ -662,10 +654,8 @@ mod tests {
         let mut reader = FrameReader::default();
         assert!(reader.push(&header(VERSION, 1, u32::MAX)).is_err());
         assert_eq!(reader.buffer.capacity(), 0);
-        let too_long = Request::Create(Creation::PreallocatedShm {
-            len_bytes: 0,
-            prefix: vec![b'x'; BODY_LIMIT_BYTES],
-        });
+        let path = format!("/{}", "x".repeat(BODY_LIMIT_BYTES));
+        let too_long = Request::Manage(ResourceRepr::File(path.into()));
         assert!(matches!(frame(&too_long), Err(WireError::TooLong { .. })));
     }
 
@@ -765,22 +755,27 @@ mod tests {
             name("m").prop_map(ResourceRepr::PosixSem),
             (name("s"), name("c"))
                 .prop_map(|(name, prefix)| ResourceRepr::PosixShmSc { name, prefix }),
+            (name("r"), any::<[u64; 3]>()).prop_map(|(name, [at, len_bytes, max_len_bytes])| {
+                ResourceRepr::PosixShmPreallocated {
+                    name,
+                    at,
+                    len_bytes,
+                    max_len_bytes,
+                }
+            }),
         ]
     }
 
     fn request() -> impl Strategy<Value = Request> {
-        let bytes = prop::collection::vec(any::<u8>(), 0..300);
         prop_oneof![
             prop::option::of(process()).prop_map(|process| Request::Hello { process }),
             repr().prop_map(Request::Manage),
-            (bytes, any::<u64>()).prop_map(|(prefix, len_bytes)| Request::Create(
-                Creation::PreallocatedShm { prefix, len_bytes }
-            )),
+            resource().prop_map(|id| Request::Map { id }),
             resource().prop_map(|id| Request::Get {
                 id,
                 expected: Some(ResourceType::File)
             }),
-            Just(Request::ReleaseAll),
+            any::<bool>().prop_map(|with_mappings| Request::ReleaseAll { with_mappings }),
             (process(), leg(), prop::collection::vec(resource(), 0..20))
                 .prop_map(|(process, leg, ids)| Request::Send { process, leg, ids }),
             (process(), any::<i32>())

@@ -23,7 +23,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use netmcore_shm::Block;
+use netmcore_shm::{Block, SentHandle};
 use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use netmcore_sys::process::{self, Limit};
@@ -37,6 +37,8 @@ use crate::error::{Error, Failure};
 use crate::id::ProcessId;
 use crate::manage;
 use crate::master::Inheritance;
+use crate::owners;
+use crate::region;
 use crate::resource::Leg;
 use crate::spawn;
 
@@ -84,7 +86,7 @@ impl Call<'_> {
         manage::landed_argument(self.job.process);
         let result = user_code(|| f(argument));
         leave_if_foreign(0);
-        let block = encode_block(
+        let (block, handles) = encode_block(
             self.runtime,
             self.codec,
             &result,
@@ -98,29 +100,42 @@ impl Call<'_> {
                 reason: error.to_string(),
             },
         })?;
+        handles.into_iter().for_each(SentHandle::leave);
+        crash_point!("proc.worker.encoded");
         Ok(Some(block))
     }
 }
 
 /// Encodes `value` into a block of `process`. What the value sends along (resources) is registered
-/// with the master before anybody can find the block.
+/// with the master before anybody can find the block; handles of shared values are left to the message by the caller.
 pub(crate) fn encode_block<T: Serialize + ?Sized>(
     runtime: &Runtime,
     codec: Codec,
     value: &T,
     process: ProcessId,
     leg: Leg,
-) -> Result<Block, EncodeError<Error>> {
+) -> Result<(Block, Vec<SentHandle>), EncodeError<Error>> {
     let place = |len| runtime.control.place(len, process, context::me());
     let (place, sent) = manage::sending(|| codec::encode(codec, value, place));
     let place = place?;
-    if !sent.is_empty() {
-        manage::send(process, leg, sent).map_err(EncodeError::Place)?;
+    let mut ids = sent.resources;
+    if leg == Leg::Result {
+        // The receiver of an argument inherits its regions, or may not use them.
+        ids.extend(sent.regions);
+    }
+    if !ids.is_empty() {
+        manage::send(process, leg, ids).map_err(EncodeError::Place)?;
         if leg == Leg::Result {
             runtime.control.note_carries(process);
         }
     }
-    Ok(place.keep())
+    Ok((place.keep(), sent.handles))
+}
+
+/// What a process says instead of a result. There is nothing to say it with if there is no memory for it.
+fn encode_failure(runtime: &Runtime, failure: &Failure, process: ProcessId) -> Option<Block> {
+    let encoded = encode_block(runtime, Codec::Bincode, failure, process, Leg::Result);
+    encoded.ok().map(|(block, _)| block)
 }
 
 thread_local! {
@@ -139,6 +154,7 @@ pub(crate) fn live(
     inheritance: &Inheritance,
 ) -> ! {
     context::become_worker(index);
+    owners::be_first_thread();
     manage::forget_uses();
     if !reset(inheritance) {
         process::exit_now(0);
@@ -187,6 +203,7 @@ fn serve(runtime: &'static Runtime, index: WorkerIndex, job: Job) {
         abort::expect_memory_limit();
         limit_memory(bytes);
     }
+    region::forget_others(runtime, process);
     crash_point!("proc.worker.begin");
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         for hook in START_HOOKS
@@ -214,11 +231,12 @@ fn serve(runtime: &'static Runtime, index: WorkerIndex, job: Job) {
     }
     let (succeeded, block) = match outcome {
         Ok(block) => (true, block),
-        Err(failure) => (
-            false,
-            encode_block(runtime, Codec::Bincode, &failure, process, Leg::Result).ok(),
-        ),
+        Err(failure) => (false, encode_failure(runtime, &failure, process)),
     };
+    if succeeded {
+        // Its contents are in order: what it leaves in heaps is not what the dead leave.
+        netmcore_shm::Heap::leave();
+    }
     manage::release_all_uses();
     flush_output();
     crash_point!("proc.worker.deliver");
@@ -323,7 +341,7 @@ fn note_panic(info: &std::panic::PanicHookInfo<'_>) {
         .unwrap_or_else(PoisonError::into_inner);
     if *is_open {
         // Nothing more can be done here if there is no memory for the note.
-        let block = encode_block(runtime, Codec::Bincode, &failure, process, Leg::Result).ok();
+        let block = encode_failure(runtime, &failure, process);
         runtime.control.note_panic(process, block);
     }
     LAST_PANIC.set(Some(failure));

@@ -441,7 +441,7 @@ fn exceed_the_memory_limit() {
         // In steps of which the kernel sees each, in steps that the allocator takes from what it has, and
         // in one that could never be.
         for step in [MIB, 1000, 1 << 40] {
-            let running = grows.start_with(&step, limited).unwrap();
+            let running = grows.start_with(&step, limited.clone()).unwrap();
             let error = running.join().unwrap_err();
             assert!(
                 matches!(&error, JoinError::LimitExceeded { limit, process } if *limit == expected && *process == running.id()),
@@ -449,7 +449,7 @@ fn exceed_the_memory_limit() {
             );
         }
         // Half of it is well.
-        let running = fits.start_with(&(limit / 2), limited).unwrap();
+        let running = fits.start_with(&(limit / 2), limited.clone()).unwrap();
         assert_eq!(running.join(), Ok(limit / 2));
     });
     trial.run(master, &first, &());
@@ -492,15 +492,17 @@ fn abort_within_the_memory_limit() {
     });
     let first = master.def_process(move |(): ()| {
         let limited = StartOptions::new().memory_limit(256 * MIB);
-        let plain = aborts.start_with(&(), limited).unwrap();
+        let plain = aborts.start_with(&(), limited.clone()).unwrap();
         let error = plain.join().unwrap_err();
         assert!(is_killed_by(SIGABRT, &error), "{error}");
         for after_a_panic in [0, 1] {
-            let deeper = aborts_deeper.start_with(&after_a_panic, limited).unwrap();
+            let deeper = aborts_deeper
+                .start_with(&after_a_panic, limited.clone())
+                .unwrap();
             let error = deeper.join().unwrap_err();
             assert!(is_killed_by(SIGABRT, &error), "{after_a_panic}: {error}");
         }
-        let panic = panics.start_with(&(), limited).unwrap();
+        let panic = panics.start_with(&(), limited.clone()).unwrap();
         let error = panic.join().unwrap_err();
         assert!(matches!(error, JoinError::Panicked { .. }), "{error}");
     });
@@ -529,7 +531,11 @@ fn resident_memory_beyond_the_limit_is_told() {
         let limit = mine + 2 * MIB;
         let limited = StartOptions::new().memory_limit(limit);
         let start = Instant::now();
-        let error = grows.start_with(&(), limited).unwrap().join().unwrap_err();
+        let error = grows
+            .start_with(&(), limited.clone())
+            .unwrap()
+            .join()
+            .unwrap_err();
         let expected = ExceededLimit::MemoryBytes(limit);
         assert!(
             matches!(&error, JoinError::LimitExceeded { limit, .. } if *limit == expected),
@@ -550,7 +556,11 @@ fn memory_of_the_unlimited_is_not_limited() {
     let first = master.def_process(move |(): ()| {
         let outside = process::get_limit(Resource::DataBytes).unwrap().soft;
         let limited = StartOptions::new().memory_limit(300 * MIB);
-        let one = limits.start_with(&(), limited).unwrap().join().unwrap();
+        let one = limits
+            .start_with(&(), limited.clone())
+            .unwrap()
+            .join()
+            .unwrap();
         assert_eq!(one.0, Some(300 * MIB));
         // The next one is a copy of the master, not of the limited.
         let other = limits.start(&()).unwrap().join().unwrap();
@@ -576,7 +586,7 @@ fn time_limit_ends_the_idle_and_the_busy() {
         let limited = StartOptions::new().time_limit(limit);
         for is_busy in [false, true] {
             let start = Instant::now();
-            let running = lasts.start_with(&is_busy, limited).unwrap();
+            let running = lasts.start_with(&is_busy, limited.clone()).unwrap();
             let error = running.join().unwrap_err();
             let took = start.elapsed();
             let expected = ExceededLimit::Time(limit);
@@ -592,7 +602,7 @@ fn time_limit_ends_the_idle_and_the_busy() {
             .map(|n| {
                 let limit = Duration::from_millis(10 * n);
                 let limited = StartOptions::new().time_limit(limit);
-                lasts.start_with(&false, limited).unwrap()
+                lasts.start_with(&false, limited.clone()).unwrap()
             })
             .collect();
         for (index, one) in all.iter().enumerate() {
@@ -616,7 +626,7 @@ fn time_limit_counts_from_the_start_of_the_function() {
         let master = Pid::parent().unwrap();
         kill(master, netmcore_sys::signal::SIGSTOP);
         let limited = StartOptions::new().time_limit(Duration::from_secs(1));
-        let running = quick.start_with(&3, limited).unwrap();
+        let running = quick.start_with(&3, limited.clone()).unwrap();
         // sleep: longer than the time limit, while the master is stopped.
         std::thread::sleep(Duration::from_millis(1500));
         kill(master, netmcore_sys::signal::SIGCONT);
@@ -641,7 +651,7 @@ fn finished_process_has_kept_its_limits() {
         let (mut in_time, mut late) = (0, 0);
         for round in 0..150 {
             let micros = 2000 + round * 20;
-            match quick.start_with(&micros, limited).unwrap().join() {
+            match quick.start_with(&micros, limited.clone()).unwrap().join() {
                 Ok(result) => {
                     assert_eq!(result, [micros; 10]);
                     in_time += 1;

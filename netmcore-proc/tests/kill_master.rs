@@ -2,8 +2,8 @@
 //! in which nothing can be started.
 //!
 //! The master is killed at random moments: while it starts, while eight workers create and release objects and start
-//! processes, while it shuts down; some of its workers are stopped. `NETMCORE_TEST_ROUNDS` says how often (40 by
-//! default), `NETMCORE_TEST_SEED` replays the choices of a run.
+//! processes, while it shuts down; some of its workers are stopped. `NETMCORE_KILLS` says how often (40 by
+//! default), `NETMCORE_SEED` replays the choices of a run.
 #![allow(
     clippy::print_stdout,
     reason = "programs tell the test how far they are"
@@ -242,9 +242,9 @@ impl Round {
 
 fn killed_master_leaves_nothing_behind() {
     let given = |name| std::env::var(name).ok().map(|value| value.parse().unwrap());
-    let seed = given("NETMCORE_TEST_SEED").unwrap_or_else(process::random_u64);
-    let rounds = given("NETMCORE_TEST_ROUNDS").unwrap_or(40);
-    println!("replay with NETMCORE_TEST_SEED={seed} NETMCORE_TEST_ROUNDS={rounds}");
+    let seed = given("NETMCORE_SEED").unwrap_or_else(process::random_u64);
+    let rounds = given("NETMCORE_KILLS").unwrap_or(40);
+    println!("replay with NETMCORE_SEED={seed} NETMCORE_KILLS={rounds}");
     let mut random = Random(seed);
     let place = tempfile::tempdir().unwrap();
     let mut recorded = 0;

@@ -1056,7 +1056,7 @@ impl Served {
         stream.write_all(&list_processes()).unwrap();
         let body = read_reply(stream);
         // The first process is there, if nothing else.
-        assert_eq!(body[..4], 5_u32.to_le_bytes(), "a listing");
+        assert_eq!(body[..4], 4_u32.to_le_bytes(), "a listing");
         assert_ne!(body[4..12], 0_u64.to_le_bytes(), "the number of lines");
     }
 
@@ -1080,15 +1080,20 @@ fn frame(version: u16, kind: u16, len: u32, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The request for the first page of processes: variant 12, behind none.
+/// The version of the protocol.
+const VERSION: u16 = 3;
+/// A request for the first page of processes, and one of resources: the variant, and behind none.
+const LIST_PROCESSES: [u8; 5] = [14, 0, 0, 0, 0];
+const LIST_RESOURCES: [u8; 5] = [15, 0, 0, 0, 0];
+
 fn list_processes() -> Vec<u8> {
-    frame(1, 1, 5, &[12, 0, 0, 0, 0])
+    frame(VERSION, 1, 5, &LIST_PROCESSES)
 }
 
 fn read_reply(stream: &mut UnixStream) -> Vec<u8> {
     let mut header = [0; 12];
     stream.read_exact(&mut header).unwrap();
-    assert_eq!(header[..8], frame(1, 2, 0, &[])[..8]);
+    assert_eq!(header[..8], frame(VERSION, 2, 0, &[])[..8]);
     let len = u32::from_le_bytes(header[8..].try_into().unwrap());
     let mut body = vec![0; len as usize];
     stream.read_exact(&mut body).unwrap();
@@ -1105,9 +1110,9 @@ fn is_closed(stream: &mut UnixStream) -> bool {
 }
 
 fn seed() -> u64 {
-    let given = std::env::var("NETMCORE_TEST_SEED").ok();
+    let given = std::env::var("NETMCORE_SEED").ok();
     let seed = given.map_or_else(process::random_u64, |seed| seed.parse().unwrap());
-    println!("replay with NETMCORE_TEST_SEED={seed}");
+    println!("replay with NETMCORE_SEED={seed}");
     seed
 }
 
@@ -1133,19 +1138,21 @@ fn master_survives_garbage() {
         noise[0] = b'x';
         let bytes = match round % 10 {
             0 => noise,
-            1 => frame(1, 1, u32::MAX, &noise),
-            2 => frame(1, 1, (1 << 20) + 1, &[]),
-            3 => frame(2, 1, 5, &[12, 0, 0, 0, 0]),
-            4 => frame(1, 2, 5, &[12, 0, 0, 0, 0]),
-            5 => frame(1, 1, len as u32, &noise),
+            1 => frame(VERSION, 1, u32::MAX, &noise),
+            2 => frame(VERSION, 1, (1 << 20) + 1, &[]),
+            3 => frame(VERSION + 1, 1, 5, &LIST_PROCESSES),
+            4 => frame(VERSION, 2, 5, &LIST_PROCESSES),
+            5 => frame(VERSION, 1, len as u32, &noise),
             // No such request, and one with a tail.
-            6 => frame(1, 1, 4, &[200, 0, 0, 0]),
-            7 => frame(1, 1, 6, &[12, 0, 0, 0, 0, 0]),
-            // A vector that says it is huge.
+            6 => frame(VERSION, 1, 4, &[200, 0, 0, 0]),
+            7 => frame(VERSION, 1, 6, &[14, 0, 0, 0, 0, 0]),
+            // A message of a process, with a list of resources that says it is huge.
             8 => {
-                let mut body = vec![2, 0, 0, 0, 0, 0, 0, 0];
+                let mut body = vec![8, 0, 0, 0];
+                body.extend(1_u64.to_le_bytes());
+                body.extend(0_u32.to_le_bytes());
                 body.extend(u64::MAX.to_le_bytes());
-                frame(1, 1, body.len() as u32, &body)
+                frame(VERSION, 1, body.len() as u32, &body)
             }
             _ => list_processes()[..1 + len % 16].to_vec(),
         };
@@ -1175,8 +1182,7 @@ fn master_survives_garbage() {
 
 fn master_survives_clients_that_do_not_read() {
     let served = Served::start();
-    // For the first page of resources: variant 13, behind none.
-    let requests = frame(1, 1, 5, &[13, 0, 0, 0, 0]).repeat(1000);
+    let requests = frame(VERSION, 1, 5, &LIST_RESOURCES).repeat(1000);
     let mut clients: Vec<_> = (0..3).map(|_| served.connect()).collect();
     for client in &mut clients {
         // The master takes requests until it holds too many answers, and then gives up this client.

@@ -69,7 +69,7 @@ fn existing(dir: &Path) -> BTreeSet<KernelObject> {
     }
     let prefix = prefix();
     for entry in fs::read_dir("/dev/shm").unwrap() {
-        let name = entry.unwrap().file_name().into_string().unwrap();
+        let name = entry.unwrap().file_name().to_string_lossy().into_owned();
         let object = |name: &str| {
             let name = format!("/{name}");
             name.starts_with(&prefix)

@@ -3,17 +3,21 @@
 //! **Invariant.** Everything that others can see is an atomic; what a value means is in the protocol of
 //! the parent module.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+use netmcore_sem::{LockWord, OwnerId};
 use netmcore_shm::Block;
 use netmcore_sys::process::ExitStatus;
 
-use crate::id::ProcessId;
+use crate::id::{ProcessId, ResourceId};
 
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"nmcctl01");
 /// Most process definitions in one run.
 pub(crate) const POINT_LIMIT: usize = 4096;
+/// Most threads of workers that take locks at once, apart from the first thread of each.
+pub(crate) const THREAD_LIMIT: usize = 4096;
 /// Most ready workers: one bit each in [`Header::idle`].
 pub(crate) const READY_LIMIT: usize = 64;
 
@@ -219,6 +223,16 @@ pub(super) struct Header {
     pub(super) deaths: Line<AtomicU32>,
     /// Counts ends of processes that a `join_any` waits for.
     pub(super) completions: Line<AtomicU32>,
+    /// Resource ids from here on have not been given out.
+    pub(super) next_resource: Line<AtomicU64>,
+    /// The region of the run-wide heap of named objects; 0 while there is none.
+    pub(super) named_heap: AtomicU64,
+    /// Held by the one that makes it.
+    pub(super) named_heap_maker: LockWord,
+    /// Where the next thread begins to look for a free entry.
+    pub(super) thread_hint: AtomicU32,
+    /// Not 0: some process takes locks whose death the master does not announce.
+    pub(super) has_strangers: AtomicU32,
 }
 
 /// A value alone on its cache lines.
@@ -254,12 +268,16 @@ pub(super) struct WorkerEntry {
     pub(super) process: AtomicU64,
     /// Calls under way in which a slot has this worker as its actor, and [`SIGNED_OFF`].
     pub(super) in_flight: AtomicU32,
-    /// `waits begun:16 | threads now in waits without deadline:16`.
+    /// `waits begun:16 | threads now in waits without deadline:16`: joins, and waits for words that have lasted.
     pub(super) waiting: AtomicU32,
-    /// The process that the last such wait is for.
+    /// What the last such wait is for: a process id, or the address of a word.
     pub(super) waits_for: AtomicU64,
+    /// Of the word: 0, or `generation << 32 | index + 1` of the owner of a lock; [`NO_WORD`] for a process.
+    pub(super) waits_for_owner: AtomicU64,
     /// It is about to exit and has nothing left to settle.
     pub(super) in_order: AtomicU32,
+    /// [`HAS_THREADS`], [`ANNOUNCES`]: what the master must do for the owners of locks in it.
+    pub(super) owner_flags: AtomicU32,
     /// Why the master kills it: an [`Outcome`].
     pub(super) kill_cause: AtomicU64,
 }
@@ -285,13 +303,25 @@ pub(super) struct Slot {
     pub(super) result: BlockCell,
     pub(super) panic: BlockCell,
     pub(super) outcome: AtomicU64,
+    /// The process inherits all resources below this id; 0: only those in `inherit_only`.
+    pub(super) inherit_below: AtomicU64,
+    /// Their ids, in a block of its own ([`inherit_tag`](super::inherit_tag)) that stays until the slot is freed.
+    pub(super) inherit_only: BlockCell,
 }
 
 /// The part of [`Header::cursor`] that is an id; the rest is the version.
 pub(super) const CURSOR_ID: u64 = (1 << 44) - 1;
 
+/// In [`WorkerEntry::waits_for_owner`]: it is a process that is waited for.
+pub(super) const NO_WORD: u64 = u64::MAX;
+
 /// In [`WorkerEntry::in_flight`]: the worker is exiting.
 pub(super) const SIGNED_OFF: u32 = 1 << 31;
+
+/// In [`WorkerEntry::owner_flags`]: threads of it may have entries in the thread table.
+pub(super) const HAS_THREADS: u32 = 1;
+/// In [`WorkerEntry::owner_flags`]: it has taken locks, and may leave one locked however it ends.
+pub(super) const ANNOUNCES: u32 = 2;
 
 /// In [`Slot::flags`]: blocks that no cell names may still carry the process's tag.
 pub(super) const SWEEP: u32 = 1;
@@ -323,6 +353,31 @@ pub(crate) struct Order {
     pub detached: bool,
     pub memory_limit_bytes: Option<u64>,
     pub time_limit_ns: Option<u64>,
+    pub inherit: InheritOrder,
+}
+
+/// What an asker says of the resources that its process inherits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum InheritOrder {
+    #[default]
+    All,
+    /// The ids in this block; none at all without one.
+    Only(Option<Block>),
+}
+
+/// What queued and running processes inherit, together.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Heirs {
+    /// Somebody inherits everything below this id.
+    pub below: u64,
+    /// Somebody inherits each of these.
+    pub only: BTreeSet<u64>,
+}
+
+impl Heirs {
+    pub(crate) fn hold(&self, id: ResourceId) -> bool {
+        id.get() < self.below || self.only.contains(&id.get())
+    }
 }
 
 /// What a worker reads from the slot it serves.
@@ -381,7 +436,46 @@ pub(crate) struct WaitFacts {
     /// Changes whenever such a wait begins or ends.
     pub word: u32,
     /// What the last such wait is for.
-    pub on: ProcessId,
+    pub on: WaitsFor,
+}
+
+/// What a thread waits for without deadline.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum WaitsFor {
+    /// That the process ends.
+    Process(ProcessId),
+    /// That this owner, or whoever came after it, unlocks the lock at this address.
+    Lock { at: u64, owner: OwnerId },
+    /// That somebody notifies the word at this address.
+    Event { at: u64 },
+}
+
+impl WaitsFor {
+    /// For [`WorkerEntry::waits_for`] and [`WorkerEntry::waits_for_owner`].
+    pub(super) fn to_words(self) -> (u64, u64) {
+        match self {
+            WaitsFor::Process(process) => (process.get(), NO_WORD),
+            WaitsFor::Lock { at, owner } => {
+                let owner = u64::from(owner.generation) << 32 | u64::from(owner.index + 1);
+                (at, owner)
+            }
+            WaitsFor::Event { at } => (at, 0),
+        }
+    }
+
+    pub(super) fn from_words(what: u64, owner: u64) -> WaitsFor {
+        match (owner, (owner as u32).checked_sub(1)) {
+            (NO_WORD, _) => WaitsFor::Process(ProcessId::from_raw(what)),
+            (_, None) => WaitsFor::Event { at: what },
+            (_, Some(index)) => WaitsFor::Lock {
+                at: what,
+                owner: OwnerId {
+                    index,
+                    generation: (owner >> 32) as u32,
+                },
+            },
+        }
+    }
 }
 
 /// Sizes and places, computed once.
@@ -389,6 +483,7 @@ pub(crate) struct WaitFacts {
 pub(super) struct Layout {
     pub(super) points: usize,
     pub(super) workers: usize,
+    pub(super) threads: usize,
     pub(super) slots: usize,
     pub(super) heap: usize,
 }
@@ -397,11 +492,13 @@ impl Layout {
     pub(super) fn new(slot_count: usize, worker_count: usize) -> Layout {
         let points = size_of::<Header>().next_multiple_of(128);
         let workers = (points + POINT_LIMIT * size_of::<Point>()).next_multiple_of(128);
-        let slots = workers + worker_count * size_of::<WorkerEntry>();
+        let threads = workers + worker_count * size_of::<WorkerEntry>();
+        let slots = threads + THREAD_LIMIT * size_of::<AtomicU64>();
         let heap = (slots + slot_count * size_of::<Slot>()).next_multiple_of(64 * 1024);
         Layout {
             points,
             workers,
+            threads,
             slots,
             heap,
         }

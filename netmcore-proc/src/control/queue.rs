@@ -36,7 +36,12 @@ impl Control {
                     {
                         crash_point!("proc.control.prepare");
                         slot.joiner.store(u64::from(generation) << 32, Relaxed);
-                        for cell in [&slot.argument, &slot.result, &slot.panic] {
+                        for cell in [
+                            &slot.argument,
+                            &slot.result,
+                            &slot.panic,
+                            &slot.inherit_only,
+                        ] {
                             cell.store(None);
                         }
                         slot.outcome.store(0, Relaxed);
@@ -288,6 +293,7 @@ impl Preparing<'_> {
             .store(order.memory_limit_bytes.unwrap_or(0), Relaxed);
         slot.time_limit_ns
             .store(order.time_limit_ns.unwrap_or(0), Relaxed);
+        self.control.set_inherit(slot, order.inherit);
         let (_, generation) = self.control.key(self.process);
         let mut queued = Word::new(generation, SlotState::Queued, WorkerIndex::MASTER);
         if order.detached {

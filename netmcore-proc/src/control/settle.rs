@@ -2,13 +2,15 @@
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 
+use netmcore_sem::announce_death;
 use netmcore_sys::futex;
 use netmcore_sys::process::ExitStatus;
 
 use super::layout::{
-    Outcome, POINT_LIMIT, SIGNED_OFF, SWEEP, Settled, Slot, SlotState, WaitFacts, Word, WorkerIndex,
+    ANNOUNCES, HAS_THREADS, Outcome, POINT_LIMIT, SIGNED_OFF, SWEEP, Settled, Slot, SlotState,
+    WaitFacts, WaitsFor, Word, WorkerIndex,
 };
-use super::{Control, tag_of};
+use super::{Control, inherit_tag, tag_of};
 use crate::id::ProcessId;
 use crate::wire::ProcessState;
 
@@ -109,6 +111,7 @@ impl Control {
             &entry.waiting,
             &entry.in_order,
             &entry.unix_pid,
+            &entry.owner_flags,
         ] {
             counter.store(0, Relaxed);
         }
@@ -168,6 +171,10 @@ impl Control {
         }
         entry.process.store(0, Relaxed);
         entry.waiting.store(0, Relaxed);
+        let owner_flags = entry.owner_flags.load(SeqCst);
+        if owner_flags & HAS_THREADS != 0 {
+            self.end_threads_of(worker);
+        }
         entry.generation.fetch_add(1, SeqCst);
         // Last, so that whoever is told of the death finds nothing held by the dead.
         if let Some(process) = running {
@@ -176,11 +183,12 @@ impl Control {
         }
         if !in_order {
             // The end of a detached process leaves nothing in the table that would say whom to wake.
-            let header = self.header();
-            for word in [&header.completions.0, &header.deaths.0] {
-                word.fetch_add(1, SeqCst);
-                futex::wake_all(word);
-            }
+            let completions = &self.header().completions.0;
+            completions.fetch_add(1, SeqCst);
+            futex::wake_all(completions);
+        }
+        if !in_order || owner_flags & ANNOUNCES != 0 {
+            announce_death(&self.header().deaths.0);
         }
         settled
     }
@@ -213,6 +221,7 @@ impl Control {
             SlotState::Running => Some(process),
             SlotState::Preparing | SlotState::Collected => {
                 self.heap.free_all(tag_of(process));
+                self.heap.free_all(inherit_tag(tag_of(process)));
                 self.free_slot(slot, generation);
                 None
             }
@@ -304,21 +313,26 @@ impl Control {
         }
     }
 
-    /// Marks a thread of `worker` as waiting without deadline for `process`, or as going on. True: it
-    /// seems that nobody is left who does not wait, so the master should look.
-    pub(crate) fn note_wait(&self, worker: WorkerIndex, process: ProcessId, begins: bool) -> bool {
+    /// Marks a thread of `worker` as going on that was [waiting](Self::note_wait).
+    pub(crate) fn note_wait_over(&self, worker: WorkerIndex) {
+        self.worker(worker).waiting.fetch_sub(1, SeqCst);
+    }
+
+    /// Marks a thread of `worker` as waiting without deadline. True: it seems that nobody is left who does not wait, so the
+    /// master should look.
+    pub(crate) fn note_wait(&self, worker: WorkerIndex, on: WaitsFor) -> bool {
         let entry = self.worker(worker);
-        if !begins {
-            entry.waiting.fetch_sub(1, SeqCst);
-            return false;
-        }
-        entry.waits_for.store(process.get(), Relaxed);
+        let (what, owner) = on.to_words();
+        entry.waits_for.store(what, Relaxed);
+        entry.waits_for_owner.store(owner, Relaxed);
         entry.waiting.fetch_add(1 << 16 | 1, SeqCst);
-        let (slot, generation) = self.key(process);
-        let word = Word(slot.word.load(SeqCst));
-        if word.generation() == generation && word.state() == SlotState::Queued {
-            // Whoever serves it will be busy, and look when it begins to wait.
-            return false;
+        if let WaitsFor::Process(process) = on {
+            let (slot, generation) = self.key(process);
+            let word = Word(slot.word.load(SeqCst));
+            if word.generation() == generation && word.state() == SlotState::Queued {
+                // Whoever serves it will be busy, and look when it begins to wait.
+                return false;
+            }
         }
         let highest = self.header().highest_worker.load(SeqCst);
         !(1..=highest).map(WorkerIndex).any(|worker| {
@@ -332,7 +346,10 @@ impl Control {
         WaitFacts {
             threads: word & 0xffff,
             word,
-            on: ProcessId::from_raw(entry.waits_for.load(Relaxed)),
+            on: WaitsFor::from_words(
+                entry.waits_for.load(Relaxed),
+                entry.waits_for_owner.load(Relaxed),
+            ),
         }
     }
 

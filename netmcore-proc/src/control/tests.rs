@@ -4,6 +4,8 @@ use netmcore_sys::process::ExitStatus;
 use netmcore_sys::signal::SIGABRT;
 
 use super::*;
+use crate::id::ResourceId;
+use crate::resource::Inherit;
 
 const KILLED: ExitStatus = ExitStatus::Signaled {
     signal: 9,
@@ -40,6 +42,7 @@ fn order() -> Order {
         detached: false,
         memory_limit_bytes: None,
         time_limit_ns: None,
+        inherit: InheritOrder::All,
     }
 }
 
@@ -426,4 +429,64 @@ fn outcome_survives_its_word() {
     ] {
         assert_eq!(Outcome::from_word(outcome.to_word()), outcome);
     }
+}
+
+#[test]
+fn process_inherits_from_the_queue_to_its_end() {
+    let Fixture { control, .. } = &fixture(1);
+    let id = ResourceId::from_raw;
+    control.set_next_resource(id(5));
+    let only = |ids: &[u64]| Inherit::Only(ids.iter().copied().map(ResourceId::from_raw).collect());
+    let start = |inherit: &Inherit| {
+        let preparing = control.prepare(ASKER).unwrap();
+        let inherit = control
+            .place_inherit(inherit, preparing.process(), ASKER)
+            .unwrap();
+        preparing.queue(Order { inherit, ..order() }).0
+    };
+    assert_eq!(control.heirs(), Heirs::default());
+    let all = start(&Inherit::All);
+    // What is made later is in reach of a process that inherits all, but not kept for it.
+    control.set_next_resource(id(9));
+    let some = start(&only(&[7, 6]));
+    let none = start(&only(&[]));
+    let heirs = Heirs {
+        below: 5,
+        only: [6, 7].into(),
+    };
+    assert_eq!(control.heirs(), heirs);
+    assert!(heirs.hold(id(4)) && heirs.hold(id(7)) && !heirs.hold(id(5)));
+    assert_eq!(control.inherits_only(all), None);
+    assert_eq!(control.inherits_only(some), Some(vec![id(7), id(6)]));
+    assert_eq!(control.inherits_only(none), Some(vec![]));
+
+    for process in [all, some, none] {
+        assert_eq!(run(control), process);
+    }
+    assert_eq!(control.heirs(), heirs);
+    for process in [all, some] {
+        // A failure frees what it has, but not what it inherits.
+        control.drop_blocks(process);
+        assert_eq!(control.inherits_only(some), Some(vec![id(7), id(6)]));
+        deliver(control, process);
+    }
+    assert_eq!(control.heirs(), Heirs::default());
+    control.settle(SERVER, KILLED);
+    for process in [all, some, none] {
+        control.claim_result(process, JOINER).unwrap().collect();
+    }
+    assert_eq!(blocks(control), 0);
+}
+
+#[test]
+fn asker_that_dies_before_it_queues_leaves_nothing_of_what_is_inherited() {
+    let Fixture { control, .. } = &fixture(1);
+    let preparing = control.prepare(ASKER).unwrap();
+    let only = Inherit::Only(vec![ResourceId::from_raw(3)]);
+    let inherit = control.place_inherit(&only, preparing.process(), ASKER);
+    assert!(matches!(inherit, Ok(InheritOrder::Only(Some(_)))));
+    assert_eq!(control.heirs(), Heirs::default());
+    std::mem::forget(preparing);
+    control.settle(ASKER, KILLED);
+    assert_eq!(blocks(control), 0);
 }

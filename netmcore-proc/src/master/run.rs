@@ -26,12 +26,13 @@ use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use netmcore_sys::poll::{Epoll, EventFd, Interest};
 use netmcore_sys::process::{self, ExitStatus, Pid, PidFd};
+use netmcore_sys::shm::{self, Access};
 use netmcore_sys::signal::{self, SignalFd};
 use netmcore_sys::socket::{self, Listener, Received, Sent};
 use netmcore_sys::{NoRecord, Recorder};
 
 use crate::context::Runtime;
-use crate::control::{Outcome, Phase, Seen, WorkerIndex};
+use crate::control::{Outcome, Phase, Seen, WaitFacts, WaitsFor, WorkerIndex};
 use crate::error::{Error, Result};
 use crate::id::{ProcessId, ResourceId};
 use crate::master::birth::{self, BirthError, Inheritance};
@@ -39,7 +40,7 @@ use crate::master::state::{Action, Event, KillCause, Limits, State};
 use crate::own_fd::OwnFd;
 use crate::resource::{Leg, ResourceRepr, ResourceType, User};
 use crate::wire::{
-    self, Creation, FrameReader, PAGE_LINES, ProcessLine, RefusedReason, Reply, Request, WireError,
+    self, FrameReader, PAGE_LINES, ProcessLine, RefusedReason, Reply, Request, WireError,
 };
 use crate::worker::Birth;
 
@@ -84,6 +85,13 @@ pub(crate) struct Objects {
     pub(crate) log: Option<Log>,
 }
 
+/// Whether a process of the run may still look at the memory of an object that is about to be deleted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Lookers {
+    None,
+    Some,
+}
+
 impl Objects {
     /// Records an object that somebody hands over.
     fn register(&self, repr: &ResourceRepr) -> Result<()> {
@@ -100,10 +108,27 @@ impl Objects {
         }
     }
 
-    /// Unlinks an object, then drops its record. What cannot be unlinked stays in the record.
-    pub(crate) fn destroy(&self, id: ResourceId, repr: &ResourceRepr) -> Vec<Error> {
+    /// Unlinks an object, then drops its record. What cannot be unlinked stays in the record. The memory of a region
+    /// that no process of the run looks at is given back first, whoever else has it mapped.
+    pub(crate) fn destroy(
+        &self,
+        id: ResourceId,
+        repr: &ResourceRepr,
+        lookers: Lookers,
+    ) -> Vec<Error> {
         tracing::debug!(target: "netmcore", %id, resource = %repr, "a resource is deleted");
         let mut failures = Vec::new();
+        if lookers == Lookers::None
+            && repr.place().is_some()
+            && let Some(name) = repr.shm_name()
+        {
+            // Gone already, or never created: then there is nothing to give back.
+            if let Ok(object) = shm::open(name, Access::ReadWrite) {
+                let emptied = shm::set_len(object.as_fd(), 0);
+                failures.extend(emptied.err().map(Error::system(format!("emptying {repr}"))));
+            }
+            crash_point!("proc.run.emptied");
+        }
         if let Some(prefix) = repr.container_prefix() {
             let container = SemContainer::open(prefix);
             let outcome = container.and_then(|container| container.unlink(self.recorder()));
@@ -330,6 +355,9 @@ impl Run {
     /// Whoever could wake a waiter is itself seen to wait, and a waiter that has been woken is not asleep
     /// any more, whether or not it has had a processor since. So it is enough that all are asleep (asked
     /// second), and that no wait began or ended since the first look (asked last).
+    ///
+    /// That holds if only workers can wake: a child that one of them has forked has its memory, and may go on
+    /// as long as it lives.
     fn find_deadlock(&self, state: &State) -> Deadlock {
         let control = &self.runtime.control;
         let mut waits = Vec::new();
@@ -359,10 +387,18 @@ impl Run {
         let all_sleep = waits
             .iter()
             .all(|&(worker, _, wait)| is_asleep(worker, wait.threads) == Some(true));
+        let is_for_word = |wait: WaitFacts| !matches!(wait.on, WaitsFor::Process(_));
+        let has_children = |worker| {
+            let child = self.children.get(&worker);
+            child.is_none_or(|child| process::has_live_children(child.pid).unwrap_or(true))
+        };
+        let others_go_on = all_sleep
+            && waits.iter().any(|&(_, _, wait)| is_for_word(wait))
+            && (control.has_strangers() || waits.iter().any(|&(worker, ..)| has_children(worker)));
         let has_changed = waits
             .iter()
             .any(|&(worker, _, wait)| control.wait_of(worker) != wait);
-        if !all_sleep || has_changed {
+        if !all_sleep || has_changed || others_go_on {
             // One that has rung is not asleep yet, or another thread is about to end.
             return Deadlock::Maybe;
         }
@@ -370,9 +406,33 @@ impl Run {
             who: waits.iter().map(|&(_, process, _)| process).collect(),
             on_what: waits
                 .iter()
-                .map(|(_, _, wait)| wait.on.to_string())
+                .map(|&(_, _, wait)| self.describe_wait(wait.on, state))
                 .collect(),
         })
+    }
+
+    /// What is waited for, in words.
+    fn describe_wait(&self, on: WaitsFor, state: &State) -> String {
+        let place = |at| match state.resources.region_at(at) {
+            Some((id, offset)) => format!("{id}+{offset:#x}"),
+            None => format!("{at:#x}"),
+        };
+        match on {
+            WaitsFor::Process(process) => process.to_string(),
+            WaitsFor::Event { at } => format!("an event at {}", place(at)),
+            WaitsFor::Lock { at, owner } => {
+                let control = &self.runtime.control;
+                let worker = control.tenant(owner);
+                let holder = worker.and_then(|worker| control.process_served_by(worker));
+                let holder = match (worker, holder) {
+                    (Some(WorkerIndex::MASTER), _) => ", held by the master".to_owned(),
+                    (_, Some(process)) => format!(", held by {process}"),
+                    // It was another's when the wait began.
+                    (_, None) => String::new(),
+                };
+                format!("the lock at {}{holder}", place(at))
+            }
+        }
     }
 
     fn worker_ready(&mut self, worker: WorkerIndex, events: &mut VecDeque<Event>) {
@@ -640,6 +700,10 @@ impl Run {
                     state.note_message(process, leg);
                 }
                 let reply = answer_about_resources(from, request, state, objects);
+                // Before the asker knows the id, and can tell it to others.
+                let control = &self.runtime.control;
+                control.set_next_resource(state.resources.next_id());
+                control.set_named_heap(state.named_heap);
                 events.push_back(Event::ResourcesChanged);
                 reply
             }
@@ -788,6 +852,7 @@ impl Run {
                     });
                 }
             }
+            Action::LookForHeirs => events.push_back(Event::Heirs(control.heirs())),
             Action::Destroy(_, ResourceRepr::ForkPoint(index)) => {
                 control.release_fork_point(index);
             }
@@ -796,7 +861,7 @@ impl Run {
                 control.collect_released(id.get());
             }
             Action::Destroy(id, repr) => {
-                objects.destroy(id, &repr);
+                objects.destroy(id, &repr, Lookers::None);
             }
         }
     }
@@ -985,9 +1050,29 @@ pub(crate) fn answer_about_resources(
                 },
             }
         }
-        Request::Create(Creation::PreallocatedShm { .. } | Creation::PreallocatedShmSc { .. }) => {
-            let reason = "this master has no regions".to_owned();
-            Reply::Refused(RefusedReason::Other(reason))
+        Request::Map { id } => match resources.map(id, user) {
+            Ok(repr) => Reply::Repr(repr.clone()),
+            Err(error) => Reply::Refused(error.into()),
+        },
+        Request::Unmap { id } => match resources.unmap(id, user) {
+            Ok(()) => Reply::Done,
+            Err(error) => Reply::Refused(error.into()),
+        },
+        // The first heap that is offered is the run's, until the run ends.
+        Request::OfferHeap { id } => {
+            if let Some(present) = state.named_heap {
+                return Reply::Id(present);
+            }
+            let expected = Some(ResourceType::PosixShmPreallocated);
+            match resources.acquire(id, expected, User::Master) {
+                Ok(_) => {
+                    crash_point!("proc.run.heap_kept");
+                    state.named_heap = Some(id);
+                    tracing::debug!(target: "netmcore", %id, "the run has a heap of named objects");
+                    Reply::Id(id)
+                }
+                Err(error) => Reply::Refused(error.into()),
+            }
         }
         Request::Get { id, expected } => match resources.acquire(id, expected, user) {
             Ok(repr) => Reply::Repr(repr.clone()),
@@ -997,8 +1082,8 @@ pub(crate) fn answer_about_resources(
             Ok(()) => Reply::Done,
             Err(error) => Reply::Refused(error.into()),
         },
-        Request::ReleaseAll => {
-            resources.drop_user(user);
+        Request::ReleaseAll { with_mappings } => {
+            resources.release_all(user, with_mappings);
             Reply::Done
         }
         // Before a run: nothing has been started by the point, or ever will be.
@@ -1033,8 +1118,9 @@ pub(crate) fn answer_about_resources(
 
 fn destroy_all(state: &mut State, objects: &Objects) -> Reply {
     let mut failures = Vec::new();
+    state.named_heap = None;
     for (id, repr) in state.resources.destroy_objects() {
-        let failed = objects.destroy(id, &repr);
+        let failed = objects.destroy(id, &repr, Lookers::Some);
         failures.extend(failed.iter().map(|error| wire::with_causes(error)));
     }
     match failures.is_empty() {

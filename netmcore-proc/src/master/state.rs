@@ -13,7 +13,8 @@
 //!
 //! **Invariants.**
 //! 1. A worker index is in use from `Born` to `Settled`, and is not given away between.
-//! 2. A resource without a user is handed out for deletion in the same step that took its last use.
+//! 2. A resource without a user is handed out for deletion in the same step that took its last use; a region
+//!    in the next one, which is told what processes inherit.
 //!
 //! **If a worker dies** its `Ended` and `Settled` are two events like any other.
 
@@ -22,7 +23,7 @@ use std::time::Duration;
 
 use netmcore_sys::process::ExitStatus;
 
-use crate::control::{Phase, QueueFacts, READY_LIMIT, Settled, WorkerIndex};
+use crate::control::{Heirs, Phase, QueueFacts, READY_LIMIT, Settled, WorkerIndex};
 use crate::id::{ProcessId, ResourceId};
 use crate::resource::{Leg, ResourceRepr, ResourceTable, User};
 
@@ -104,6 +105,8 @@ pub(crate) enum Event {
     MessageGone { process: ProcessId, leg: Leg },
     /// Resources have changed (by a request, which the loop answers itself).
     ResourcesChanged,
+    /// What queued and running processes inherit now.
+    Heirs(Heirs),
 }
 
 /// All that the master can do.
@@ -139,6 +142,8 @@ pub(crate) enum Action {
     },
     /// Delete an object that nobody uses any more.
     Destroy(ResourceId, ResourceRepr),
+    /// Look who inherits what: there is a region that nobody else uses.
+    LookForHeirs,
 }
 
 /// Which limit a process has exceeded.
@@ -210,6 +215,8 @@ pub(crate) struct State {
     next_sample: Nanos,
     /// Messages with resources in them that have not arrived.
     messages_under_way: BTreeSet<(ProcessId, Leg)>,
+    /// The region of the heap of named objects, of which the master is a user.
+    pub(crate) named_heap: Option<ResourceId>,
     pub(crate) resources: ResourceTable,
 }
 
@@ -232,6 +239,7 @@ impl State {
             no_fork_before: 0,
             next_sample: 0,
             messages_under_way: BTreeSet::new(),
+            named_heap: None,
             resources,
         }
     }
@@ -382,6 +390,10 @@ impl State {
                 self.destroy_unused(actions);
             }
             Event::ResourcesChanged => self.destroy_unused(actions),
+            Event::Heirs(heirs) => {
+                let unused = self.resources.take_unused(|id, _| heirs.hold(id));
+                actions.extend(unused.into_iter().map(destroy));
+            }
         }
     }
 
@@ -555,18 +567,22 @@ impl State {
     }
 
     fn destroy_unused(&mut self, actions: &mut Vec<Action>) {
-        let unused = self.resources.take_unused(|_| false);
-        actions.extend(
-            unused
-                .into_iter()
-                .map(|(id, repr)| Action::Destroy(id, repr)),
-        );
+        let is_region = |repr: &ResourceRepr| repr.place().is_some();
+        let unused = self.resources.take_unused(|_, repr| is_region(repr));
+        actions.extend(unused.into_iter().map(destroy));
+        if self.resources.has_unused_regions() {
+            actions.push(Action::LookForHeirs);
+        }
     }
 
     /// Who speaks when this worker asks for something.
     pub(crate) fn user(&self, worker: WorkerIndex) -> Option<User> {
         self.workers.get(&worker)?.process.map(User::Process)
     }
+}
+
+fn destroy((id, repr): (ResourceId, ResourceRepr)) -> Action {
+    Action::Destroy(id, repr)
 }
 
 #[cfg(test)]
@@ -734,6 +750,7 @@ mod tests {
                         events.push_back(Event::FailedToStart { process });
                     }
                 }
+                Action::LookForHeirs => events.push_back(Event::Heirs(Heirs::default())),
                 Action::Settle { worker, .. } => {
                     let body = self.bodies.remove(&worker).expect("it lived until now");
                     let settled = Settled {
@@ -993,6 +1010,40 @@ mod tests {
             world.round();
             assert!(world.state.is_over());
         }
+    }
+
+    #[test]
+    fn region_without_users_lives_while_somebody_inherits_it() {
+        let mut state = State::new(ResourceTable::starting_at(1));
+        let repr = ResourceRepr::PosixShmPreallocated {
+            name: netmcore_sys::ObjectName::new("/a").unwrap(),
+            at: 1 << 40,
+            len_bytes: 4096,
+            max_len_bytes: 1 << 30,
+        };
+        let worker = User::Process(ProcessId::from_raw(1));
+        let id = state.resources.insert(repr.clone(), worker).unwrap().id;
+        let mut step = |event| {
+            let mut actions = Vec::new();
+            state.step(event, &mut actions);
+            actions
+        };
+        let heirs = |below, only: &[u64]| {
+            Event::Heirs(Heirs {
+                below,
+                only: only.iter().copied().collect(),
+            })
+        };
+        assert_eq!(step(Event::ResourcesChanged), []);
+        let process = ProcessId::from_raw(1);
+        // It is asked about whenever a process has ended, until nobody inherits it.
+        let ended = Event::FailedToStart { process };
+        assert_eq!(step(ended.clone()), [Action::LookForHeirs]);
+        assert_eq!(step(heirs(2, &[])), []);
+        assert_eq!(step(ended.clone()), [Action::LookForHeirs]);
+        assert_eq!(step(heirs(0, &[7, id.get()])), []);
+        assert_eq!(step(heirs(1, &[7])), [Action::Destroy(id, repr)]);
+        assert_eq!(step(ended), []);
     }
 
     #[test]

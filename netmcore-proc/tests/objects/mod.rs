@@ -86,7 +86,7 @@ pub fn assert_clean(dir: &Path) {
     assert_eq!(recorded(dir), BTreeSet::new());
     let mut left: Vec<_> = fs::read_dir(dir)
         .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
         .filter(|name| !matches!(name.as_str(), "netplex.pmanage" | "netplex.lock"))
         .collect();
     left.sort();
