@@ -13,8 +13,6 @@ use std::process::ExitCode;
 
 use netmcore::prelude::*;
 
-use command_line::CommandLine;
-
 const USAGE: &str = "\
 Usage: create_join [OPTIONS]
 
@@ -26,35 +24,14 @@ Options:
 ";
 
 fn main() -> ExitCode {
-    let mut line = CommandLine::of_this_program();
-    if line.flag("--help") {
-        print!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
-    let directory = match line
-        .socket_directory()
-        .and_then(|directory| line.nothing_left().map(|()| directory))
-    {
-        Ok(directory) => directory,
-        Err(error) => {
-            eprintln!("create_join: {error}; try --help");
-            return ExitCode::from(2);
-        }
-    };
-    match directory.with(sum_of_squares) {
-        Ok(Ok(sum)) => {
-            println!("Final result: {sum}");
-            ExitCode::SUCCESS
-        }
-        Ok(Err(error)) => {
-            eprintln!("create_join: {error}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("create_join: the fresh socket directory: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    command_line::run(
+        USAGE,
+        |_| Ok(()),
+        |directory, ()| {
+            println!("Final result: {}", sum_of_squares(directory)?);
+            Ok(())
+        },
+    )
 }
 
 fn sum_of_squares(directory: &Path) -> netmcore::Result<u64> {

@@ -17,8 +17,6 @@ use netmcore::sys::process::{Limit, Resource, get_limit, set_limit};
 use netmcore::sys::signal::{SIGSEGV, raise_default};
 use serde::{Deserialize, Serialize};
 
-use command_line::CommandLine;
-
 const USAGE: &str = "\
 Usage: survivor [OPTIONS]
 
@@ -66,33 +64,18 @@ struct Outcome {
 }
 
 fn main() -> ExitCode {
-    let mut line = CommandLine::of_this_program();
-    if line.flag("--help") {
-        print!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
-    let directory = match line
-        .socket_directory()
-        .and_then(|directory| line.nothing_left().map(|()| directory))
-    {
-        Ok(directory) => directory,
-        Err(error) => {
-            eprintln!("survivor: {error}; try --help");
-            return ExitCode::from(2);
-        }
-    };
-    let outcomes = match directory.with(meet_their_fates) {
-        Ok(Ok(outcomes)) => outcomes,
-        Ok(Err(error)) => {
-            eprintln!("survivor: {error}");
-            return ExitCode::FAILURE;
-        }
-        Err(error) => {
-            eprintln!("survivor: the fresh socket directory: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    for Outcome { fate, result } in &outcomes {
+    command_line::run(
+        USAGE,
+        |_| Ok(()),
+        |directory, ()| {
+            tell(&meet_their_fates(directory)?);
+            Ok(())
+        },
+    )
+}
+
+fn tell(outcomes: &[Outcome]) {
+    for Outcome { fate, result } in outcomes {
         // The error names the process and says what became of it.
         let what_became_of_it = result.as_ref().unwrap_or_else(|error| error);
         println!("{:<10}  {what_became_of_it}", format!("{fate:?}"));
@@ -106,7 +89,6 @@ fn main() -> ExitCode {
         outcomes.len(),
         outcomes.len() - failed
     );
-    ExitCode::SUCCESS
 }
 
 fn meet_their_fates(directory: &Path) -> netmcore::Result<Vec<Outcome>> {

@@ -1,4 +1,4 @@
-//! The guide: four chapters, each on its own page.
+//! The guide: six chapters, each on its own page.
 
 #[doc = include_str!("guide/processes.md")]
 pub mod processes {}
@@ -8,6 +8,12 @@ pub mod errors {}
 
 #[doc = include_str!("guide/resources.md")]
 pub mod resources {}
+
+#[doc = include_str!("guide/memory.md")]
+pub mod memory {}
+
+#[doc = include_str!("guide/collections.md")]
+pub mod collections {}
 
 #[doc = include_str!("guide/workers.md")]
 pub mod workers {}

@@ -23,8 +23,9 @@
 //! # }
 //! ```
 //!
-//! The [`guide`] tells the rest in four chapters: [processes](guide::processes), [errors](guide::errors),
-//! [resources](guide::resources), and [what a worker finds](guide::workers).
+//! The [`guide`] tells the rest in six chapters: [processes](guide::processes), [errors](guide::errors),
+//! [resources](guide::resources), [shared memory](guide::memory), [collections and locks](guide::collections), and
+//! [what a worker finds](guide::workers).
 //!
 //! # Features
 //!
@@ -36,7 +37,8 @@
 //! | `pmanage` | yes | the record of objects that outlive their process, and recovery; needs `sys` |
 //! | `sys` | yes | system calls |
 //! | `progress` | no | progress bars over running processes (`progress`); adds indicatif |
-//! | `cli`, `ndarray`, `tokio` | no | reserved for the `netmcore` command, array views and async joins; each adds the dependency it will need (clap, ndarray, tokio) and nothing else yet |
+//! | `ndarray` | no | views of ndarray's over the parts of a shared matrix; needs `shm` |
+//! | `cli`, `tokio` | no | reserved for the `netmcore` command and async joins; each adds the dependency it will need (clap, tokio) and nothing else yet |
 //!
 //! Each layer is a crate of its own and is useful alone; here they are the modules `sys`, `pmanage`, `sem`, `shm` and
 //! `proc`.
@@ -66,6 +68,17 @@ pub use netmcore_sys as sys;
 #[cfg(feature = "proc")]
 #[doc(inline)]
 pub use netmcore_proc::*;
+#[cfg(feature = "sem")]
+#[doc(inline)]
+pub use netmcore_sem::{
+    ShmBarrier, ShmCondvar, ShmEvent, ShmMutex, ShmOnce, ShmOnceCell, ShmRwLock, ShmSemaphore,
+};
+#[cfg(feature = "shm")]
+#[doc(inline)]
+pub use netmcore_shm::{
+    Mailbox, PopError, PushError, RecvError, SendError, ShmArray, ShmBox, ShmBuffer, ShmCell,
+    ShmHashMap, ShmMatrix, ShmQueue, ShmString, ShmVec, collections,
+};
 
 #[cfg(feature = "proc")]
 pub mod guide;
@@ -77,8 +90,6 @@ pub mod progress;
 // Reserved features: the dependency is declared and built, and nothing uses it yet.
 #[cfg(feature = "cli")]
 use clap as _;
-#[cfg(feature = "ndarray")]
-use ndarray as _;
 #[cfg(feature = "tokio")]
 use tokio as _;
 

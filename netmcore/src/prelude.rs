@@ -6,6 +6,8 @@ pub use std::path::{Path, PathBuf};
 pub use std::time::{Duration, Instant};
 
 pub use crate::{
-    ForkPoint, JoinError, JoinPoint, Master, Process, ProcessId, Running, StartOptions, join_any,
-    spawn,
+    ForkPoint, JoinError, JoinPoint, Mailbox, Master, PopError, Process, ProcessId, RecvError,
+    Running, ShmArc, ShmArray, ShmBarrier, ShmBox, ShmBuffer, ShmCell, ShmCondvar, ShmEvent,
+    ShmHashMap, ShmMatrix, ShmMutex, ShmOnce, ShmQueue, ShmRwLock, ShmSafe, ShmSemaphore,
+    ShmString, ShmVec, StartOptions, join_any, named, shared_heap, spawn,
 };

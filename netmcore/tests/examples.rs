@@ -103,6 +103,17 @@ impl Finished {
 
 const SIGKILL: i32 = 9;
 
+const EXAMPLES: [&str; 8] = [
+    "chameneos",
+    "counters",
+    "create_join",
+    "matrix",
+    "nqueens",
+    "pipeline",
+    "survivor",
+    "wordcount",
+];
+
 fn program(name: &str) -> PathBuf {
     let this = std::env::current_exe().unwrap(); // target/PROFILE/deps/examples-HASH
     let path = this
@@ -155,7 +166,7 @@ fn create_join_runs_twice_in_one_directory() {
 
 #[test]
 fn unknown_options_are_refused() {
-    for name in ["create_join", "survivor", "wordcount"] {
+    for name in EXAMPLES {
         Example::new(name)
             .args(["--no-such-option"])
             .run()
@@ -170,8 +181,24 @@ fn unknown_options_are_refused() {
 }
 
 #[test]
+fn numbers_out_of_range_are_refused() {
+    for (name, option, value, range) in [
+        ("nqueens", "--max", "15", "1..=14"),
+        ("matrix", "--block", "0", "1.."),
+        ("counters", "--kill", "9", "..=8"),
+        ("wordcount", "--share-bytes", "0", "1.."),
+    ] {
+        let complaint = format!("{option} is {value}, and must be in {range}; try --help");
+        Example::new(name)
+            .args([option, value])
+            .run()
+            .failure(2, &complaint);
+    }
+}
+
+#[test]
 fn directory_that_is_no_directory_is_an_error() {
-    for name in ["create_join", "survivor", "wordcount"] {
+    for name in EXAMPLES {
         Example::new(name)
             .args(["--socket-directory", "/dev/null/x"])
             .run()
@@ -215,6 +242,93 @@ fn survivor_tells_what_became_of_each() {
         *lines.last().unwrap(),
         "9 processes: 2 returned, 7 failed, the program survived"
     );
+}
+
+#[test]
+fn nqueens_prints_the_known_counts_with_any_number_of_processes() {
+    let known = [1, 0, 0, 1, 2, 1, 6, 12, 46, 92, 341, 1787];
+    let found = |max: &str, processes: &str| -> Vec<usize> {
+        let stdout = Example::new("nqueens")
+            .args(["--max", max, "--processes", processes])
+            .run()
+            .success();
+        let count = |line: &str| line.split_whitespace().nth(2).unwrap().parse().unwrap();
+        stdout.lines().map(count).collect()
+    };
+    assert_eq!(found("12", "2"), known);
+    assert_eq!(found("9", "1"), known[..9]);
+    assert_eq!(found("9", "20"), known[..9]);
+}
+
+#[test]
+fn pipeline_finds_what_a_loop_finds() {
+    let steps = |start: u64| {
+        let next = |&n: &u64| {
+            (n != 1).then(|| {
+                if n.is_multiple_of(2) {
+                    n / 2
+                } else {
+                    3 * n + 1
+                }
+            })
+        };
+        std::iter::successors(Some(start), next).count() - 1
+    };
+    for (limit, explorers) in [(100_000, "3"), (30_000, "1"), (2, "2")] {
+        let stdout = Example::new("pipeline")
+            .args(["--limit", &limit.to_string(), "--explorers", explorers])
+            .run()
+            .success();
+        let best = (1..limit).rev().max_by_key(|&start| steps(start)).unwrap();
+        let expected = format!("begins with {best}: {} steps", steps(best));
+        assert!(
+            stdout.trim_end().ends_with(&expected),
+            "{expected}:\n{stdout}"
+        );
+    }
+}
+
+#[test]
+fn matrix_product_is_the_serial_one() {
+    for (size, block) in [("100", "30"), ("1", "5"), ("64", "64")] {
+        let stdout = Example::new("matrix")
+            .args(["--size", size, "--block", block, "--processes", "3"])
+            .run()
+            .success();
+        assert!(
+            stdout.ends_with("the serial product is the same\n"),
+            "{stdout}"
+        );
+    }
+}
+
+#[test]
+fn counters_add_up_whoever_is_killed() {
+    for kill in ["0", "5", "8"] {
+        let stdout = Example::new("counters")
+            .args(["--steps", "3000", "--kill", kill])
+            .run()
+            .success();
+        assert!(stdout.ends_with("keys: it adds up\n"), "{stdout}");
+        let killed = stdout.matches("it was killed").count();
+        assert!(killed <= kill.parse().unwrap(), "{stdout}");
+        assert!(kill == "0" || killed > 0, "{stdout}");
+    }
+}
+
+#[test]
+fn chameneos_meet_in_pairs() {
+    let stdout = Example::new("chameneos")
+        .args(["--meetings", "500", "--creatures", "5"])
+        .run()
+        .success();
+    assert!(
+        stdout.ends_with("1000 in all, two for each of 500 meetings\n"),
+        "{stdout}"
+    );
+    let number = |line: &str| line.split(' ').nth(2).unwrap().parse::<u64>().unwrap();
+    let meetings: Vec<u64> = stdout.lines().take(5).map(number).collect();
+    assert_eq!(meetings.iter().sum::<u64>(), 1000);
 }
 
 /// What wordcount prints of the files, as numbers: the table, in its order, and the total.
@@ -436,8 +550,9 @@ fn wordcount_interrupted_leaves_nothing() {
     };
     wait_for_work(&mut program, &fresh);
     let pid = netmcore::sys::process::Pid::new(program.id().try_into().unwrap()).unwrap();
-    netmcore::sys::process::kill(pid, netmcore::sys::signal::SIGINT).unwrap();
-    Finished::new(program).failure(1, "signal 2");
+    // Not SIGINT: it is ignored where a shell has started the tests in the background.
+    netmcore::sys::process::kill(pid, netmcore::sys::signal::SIGTERM).unwrap();
+    Finished::new(program).failure(1, "signal 15");
     assert!(!fresh.exists());
 }
 

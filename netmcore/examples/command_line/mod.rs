@@ -1,12 +1,17 @@
 //! The command line of the examples: long options in any order, and the socket directory they all take.
 
-#![allow(dead_code, reason = "no example uses all of it")]
+#![allow(dead_code, clippy::print_stdout, reason = "no example uses all of it")]
 
+use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::fs::Permissions;
 use std::io;
+use std::ops::RangeBounds;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::str::FromStr;
 
 use netmcore::sys::signal::{SIGINT, SIGTERM, SignalSet, block};
@@ -28,7 +33,45 @@ impl fmt::Display for UsageError {
     }
 }
 
-impl std::error::Error for UsageError {}
+impl Error for UsageError {}
+
+/// The whole `main` of an example whose name is the second word of its usage: prints the usage if asked to, has `take` take
+/// the options, and calls `job` with them and the socket directory.
+pub fn run<O>(
+    usage: &str,
+    take: impl FnOnce(&mut CommandLine) -> Result<O, UsageError>,
+    job: impl FnOnce(&Path, O) -> Result<(), Box<dyn Error>>,
+) -> ExitCode {
+    let name = usage.split_whitespace().nth(1).unwrap_or("example");
+    let mut line = CommandLine::of_this_program();
+    if line.flag("--help") {
+        print!("{usage}");
+        return ExitCode::SUCCESS;
+    }
+    let parsed = line.socket_directory().and_then(|directory| {
+        let options = take(&mut line)?;
+        line.nothing_left()?;
+        Ok((directory, options))
+    });
+    let (directory, options) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            eprintln!("{name}: {error}; try --help");
+            return ExitCode::from(2);
+        }
+    };
+    match directory.with(|directory| job(directory, options)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("{name}: {error}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("{name}: the fresh socket directory: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 impl CommandLine {
     /// The arguments of this program, without its name.
@@ -69,18 +112,26 @@ impl CommandLine {
         Ok(found)
     }
 
-    /// Takes an option whose value is a number.
-    pub fn number<N: FromStr>(&mut self, name: &str) -> Result<Option<N>, UsageError> {
-        self.value(name)?
-            .map(|value| {
-                value
-                    .to_str()
-                    .and_then(|text| text.parse().ok())
-                    .ok_or_else(|| {
-                        UsageError(format!("{name} wants a number, not {}", value.display()))
-                    })
-            })
-            .transpose()
+    /// Takes an option whose value is a number in `range`.
+    pub fn number<N: FromStr + PartialOrd>(
+        &mut self,
+        name: &str,
+        range: impl RangeBounds<N> + fmt::Debug,
+    ) -> Result<Option<N>, UsageError> {
+        let Some(value) = self.value(name)? else {
+            return Ok(None);
+        };
+        match value.to_str().and_then(|text| text.parse().ok()) {
+            Some(number) if range.contains(&number) => Ok(Some(number)),
+            Some(_) => Err(UsageError(format!(
+                "{name} is {}, and must be in {range:?}",
+                value.display()
+            ))),
+            None => Err(UsageError(format!(
+                "{name} wants a number, not {}",
+                value.display()
+            ))),
+        }
     }
 
     /// Ends the parsing: what is left are operands, such as file names.
@@ -129,7 +180,11 @@ impl SocketDirectory {
                 let name: &OsStr = "netmcore-".as_ref();
                 // Blocked, an interrupt waits for the run, ends that, and lets this process remove the directory.
                 block(&SignalSet::empty().with(SIGINT).with(SIGTERM))?;
-                let fresh = tempfile::Builder::new().prefix(name).tempdir()?; // mode 0700
+                let ours_alone = Permissions::from_mode(0o700);
+                let fresh = tempfile::Builder::new()
+                    .prefix(name)
+                    .permissions(ours_alone)
+                    .tempdir()?;
                 let result = job(fresh.path());
                 fresh.close()?;
                 Ok(result)

@@ -85,9 +85,9 @@ impl Options {
     fn take(mut line: CommandLine) -> Result<Options, UsageError> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Options {
-            top: line.number("--top")?.unwrap_or(10),
-            processes: line.number("--processes")?.unwrap_or(processors).max(1),
-            share_bytes: line.number("--share-bytes")?,
+            top: line.number("--top", ..)?.unwrap_or(10),
+            processes: line.number("--processes", 1..)?.unwrap_or(processors),
+            share_bytes: line.number("--share-bytes", 1..)?,
             check: line.flag("--check"),
             socket_directory: line.socket_directory()?,
             files: match line.operands()? {
