@@ -38,6 +38,7 @@ use netmcore_sys::file_lock;
 use netmcore_sys::process::{self, Pid};
 
 use crate::error::{Error, Result, While};
+use crate::log::write_at;
 use crate::trust;
 
 /// Name of the lock file in its directory.
@@ -186,7 +187,7 @@ impl Drop for Liveness {
 fn write_master(file: &File) -> io::Result<()> {
     let pid = Pid::this();
     let text = format!("{pid:>10} {:>20}\n", process::start_time(pid)?);
-    file.write_all_at(text.as_bytes(), 0)?;
+    write_at(file, text.as_bytes(), 0)?;
     file.set_len(text.len() as u64)
 }
 

@@ -41,6 +41,7 @@ use std::time::{Duration, Instant};
 
 use netmcore_sys::crash_point;
 use netmcore_sys::file_lock::{self, OfdGuard};
+use netmcore_sys::process;
 use netmcore_sys::record::{ObjectKind, Recorder};
 
 use crate::error::{Error, Result, While};
@@ -411,7 +412,7 @@ impl Locked<'_> {
         let path = &self.files.record;
         let end = self.mend_tail()?;
         crash_point!("pmanage.log.tail_mended");
-        if let Err(error) = file.write_all_at(text, end) {
+        if let Err(error) = write_at(file, text, end) {
             // Half a line would be cut off by the next writer. Better now, while the caller can be told:
             // if this fails too, that writer does it.
             let _ = file.set_len(end);
@@ -447,7 +448,7 @@ impl Locked<'_> {
             crash_point!("pmanage.log.tail_cut");
         }
         if is_unended {
-            file.write_all_at(b"\n", end).on(path, "cannot append to")?;
+            write_at(file, b"\n", end).on(path, "cannot append to")?;
             end += 1;
         }
         Ok(end)
@@ -474,7 +475,7 @@ impl Locked<'_> {
             let file = trust::open_or_create(draft)?;
             file.set_len(0).on(draft, "cannot truncate")?;
             crash_point!("pmanage.log.draft_made");
-            file.write_all_at(&text, 0).on(draft, "cannot write")?;
+            write_at(&file, &text, 0).on(draft, "cannot write")?;
         }
         crash_point!("pmanage.log.draft_written");
         fs::rename(draft, journal).on(draft, "cannot rename")?;
@@ -482,7 +483,7 @@ impl Locked<'_> {
         let file = self.guard.file();
         file.set_len(0).on(record, "cannot truncate")?;
         crash_point!("pmanage.log.record_truncated");
-        file.write_all_at(&text, 0).on(record, "cannot write")?;
+        write_at(file, &text, 0).on(record, "cannot write")?;
         crash_point!("pmanage.log.record_written");
         trust::remove(journal)
     }
@@ -525,9 +526,21 @@ impl Locked<'_> {
                 more.push(b'\n');
             }
         }
-        file.write_all_at(&more, text.len() as u64)
-            .on(path, "cannot write")
+        write_at(&file, &more, text.len() as u64).on(path, "cannot write")
     }
+}
+
+/// Writes all of it, or says that it would be more than this process may write to a file: the kernel would say so by SIGXFSZ, which kills.
+pub(crate) fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    let limit = process::get_limit(process::Resource::FileSizeBytes)?.soft;
+    let end = at + bytes.len() as u64;
+    if let Some(limit) = limit.filter(|&limit| limit < end) {
+        let why = format!(
+            "this process may write no file of more than {limit} bytes (`ulimit -f`), and {end} are needed"
+        );
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    file.write_all_at(bytes, at)
 }
 
 fn read_all(file: &File) -> io::Result<Vec<u8>> {

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use child::{Child, wait_for_an_opener};
 use netmcore_pmanage::log::RECORD_NAME;
 use netmcore_pmanage::record::Tail;
-use netmcore_pmanage::{Error, KernelObject, Log};
+use netmcore_pmanage::{Error, KernelObject, Liveness, Log};
 use netmcore_sys::file_lock::OfdGuard;
 use netmcore_sys::poll::{EventFd, wait_readable};
-use netmcore_sys::process::Pid;
+use netmcore_sys::process::{Limit, Pid, Resource};
 use netmcore_sys::signal::SIGKILL;
 use netmcore_sys::{futex::Deadline, process};
 
@@ -28,10 +28,47 @@ netmcore_forktest::forktests!(
     removed_record_is_made_anew,
     stopped_holder_is_an_error_and_loses_nothing,
     record_that_others_write_is_waited_for,
+    file_size_limit_is_an_error_and_kills_nobody,
 );
 
 fn container(name: String) -> KernelObject {
     KernelObject::SemContainer(name.into_bytes())
+}
+
+/// The kernel's own answer is SIGXFSZ.
+fn file_size_limit_is_an_error_and_kills_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let log = Log::open(dir).unwrap();
+    let objects: Vec<_> = (0..20).map(|n| container(format!("/{n}"))).collect();
+    log.register(&objects[..10]).unwrap();
+    let len_bytes = fs::metadata(dir.join(RECORD_NAME)).unwrap().len();
+    for limit_bytes in [0, len_bytes + 5] {
+        Child::fork(|| {
+            let limit = Limit {
+                soft: Some(limit_bytes),
+                hard: None,
+            };
+            process::set_limit(Resource::FileSizeBytes, limit).unwrap();
+            for _ in 0..2 {
+                let error = log.register(&objects[10..]).unwrap_err();
+                let mut said = String::new();
+                let mut cause: Option<&dyn std::error::Error> = Some(&error);
+                while let Some(one) = cause {
+                    said += &one.to_string();
+                    cause = one.source();
+                }
+                assert!(said.contains("ulimit -f"), "{said}");
+            }
+            let before: BTreeSet<_> = objects[..10].iter().cloned().collect();
+            assert_eq!(BTreeSet::from_iter(log.registered().unwrap()), before);
+            // Nor can one start.
+            assert!(limit_bytes > 0 || Liveness::acquire(dir).is_err());
+        })
+        .succeeds();
+    }
+    log.register(&objects[10..]).unwrap();
+    assert_eq!(log.registered().unwrap().len(), 20);
 }
 
 fn writers_in_processes_and_threads_lose_nothing() {

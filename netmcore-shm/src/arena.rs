@@ -17,6 +17,7 @@
 
 #![allow(unsafe_code)]
 
+use crate::anon::check_file_size_limit;
 use crate::error::{Error, Result};
 use netmcore_sys::Errno;
 use netmcore_sys::map::{Reservation, page_size};
@@ -85,7 +86,7 @@ impl Arena {
     /// # Errors
     ///
     /// [`Error::Reserve`] if even the least does not fit; [`Error::System`] if there are no descriptors or no memory
-    /// for the cursor.
+    /// for the cursor; [`Error::NoSpace`] if the limit of file sizes is less than a page.
     pub fn reserve(len_bytes: usize) -> Result<Arena> {
         let mut wanted_bytes = len_bytes.max(2 * PLACE_ALIGN_BYTES);
         let reservation = loop {
@@ -103,6 +104,7 @@ impl Arena {
                 }
             }
         };
+        check_file_size_limit(page_size() as u64)?;
         map_header(&reservation).map_err(Error::system("make the arena's cursor"))?;
         let arena = Arena {
             reservation: Arc::new(reservation),

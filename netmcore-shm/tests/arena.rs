@@ -124,6 +124,20 @@ fn limited_file_size_is_an_error_and_not_a_signal() {
         other => panic!("{other:?}"),
     }
     assert!(AnonRegion::create(c"region", &arena, 1 << 20).is_ok());
+
+    let limit = Limit {
+        soft: Some(100),
+        hard: old.hard,
+    };
+    set_limit(Resource::FileSizeBytes, limit).unwrap();
+    assert!(matches!(
+        Arena::reserve(Arena::MIN_LEN_BYTES),
+        Err(Error::NoSpace {
+            limit: SpaceLimit::FileSize,
+            free_bytes: 100,
+            ..
+        })
+    ));
 }
 
 netmcore_forktest::forktests!(

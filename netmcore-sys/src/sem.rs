@@ -25,6 +25,7 @@
 use crate::error::{During, Errno, Result, SysError};
 use crate::futex::Deadline;
 use crate::name::ObjectName;
+use crate::process;
 use crate::shm;
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_uint};
@@ -73,7 +74,7 @@ impl NamedSem {
     /// # Errors
     ///
     /// `EEXIST` if the name is taken; `EINVAL` if `initial` exceeds [`VALUE_MAX`]; `ENAMETOOLONG` if the name has more than
-    /// 251 bytes; `ENOSPC`, `EMFILE`, `EACCES`.
+    /// 251 bytes; `EFBIG` if this process may write no file of 32 bytes (`RLIMIT_FSIZE`); `ENOSPC`, `EMFILE`, `EACCES`.
     ///
     /// # If a process dies
     ///
@@ -82,6 +83,11 @@ impl NamedSem {
         check_name(name)?;
         if initial > VALUE_MAX {
             return Err(SysError::new("sem_open", name.to_string(), Errno::EINVAL));
+        }
+        // It is a file, and the kernel's own answer is SIGXFSZ, which kills.
+        let limit = process::get_limit(process::Resource::FileSizeBytes)?.soft;
+        if limit.is_some_and(|limit| limit < MemSem::SIZE as u64) {
+            return Err(SysError::new("sem_open", name.to_string(), Errno::EFBIG));
         }
         match create_whole(name, initial, mode)? {
             Created::Whole => NamedSem::open(name),

@@ -31,6 +31,7 @@ netmcore_forktest::forktests!(
     open_or_create_does_either,
     racing_creators_share_one_semaphore,
     missing_and_invalid_are_errors,
+    file_size_limit_is_an_error_and_kills_nobody,
     unlinked_semaphore_stays_usable,
     file_is_what_the_c_library_makes,
     c_library_opens_ours_and_we_open_its,
@@ -65,6 +66,22 @@ impl Drop for Name {
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(30))
+}
+
+fn file_size_limit_is_an_error_and_kills_nobody() {
+    let name = Name::new();
+    let resource = process::Resource::FileSizeBytes;
+    let before = process::get_limit(resource).unwrap();
+    let narrow = process::Limit {
+        soft: Some(31),
+        ..before
+    };
+    process::set_limit(resource, narrow).unwrap();
+    let created = NamedSem::create(&name.0, 1, 0o600).map(drop);
+    process::set_limit(resource, before).unwrap();
+    assert_eq!(created.unwrap_err().errno, Errno::EFBIG);
+    assert!(!name.file().exists());
+    name.create(1);
 }
 
 fn permits_pass_between_processes() {
