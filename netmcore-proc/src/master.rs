@@ -284,6 +284,18 @@ fn reserve(arena: &mut Option<Arena>) -> Result<Arena> {
     Ok(arena.insert(reserved).clone())
 }
 
+/// [`CONTROL_LEN_BYTES`], or less where addresses or the sizes of files are limited: the control block is a file, with more in it.
+fn default_control_len_bytes(arena: &Arena) -> Result<usize> {
+    let of_files = process::get_limit(process::Resource::FileSizeBytes)
+        .map_err(Error::system("asking for the limit of file sizes"))?
+        .soft
+        .map_or(usize::MAX, |limit| {
+            usize::try_from(limit / 2).unwrap_or(usize::MAX)
+        });
+    let len_bytes = CONTROL_LEN_BYTES.min(arena.len_bytes() / 4).min(of_files);
+    Ok(len_bytes / map::page_size() * map::page_size())
+}
+
 /// Deletes what the record names, and empties it.
 fn clean(dir: &Path, liveness: &Liveness) -> Result<()> {
     let recovery = netmcore_pmanage::recover(dir, liveness)?;
@@ -530,7 +542,7 @@ impl Master {
     }
 
     /// Address space for arguments and results that are under way, in bytes; 64 GiB by default, or a quarter of the arena where
-    /// `ulimit -v` limits addresses. Memory is taken only as they need it.
+    /// `ulimit -v` limits addresses, or half of what `ulimit -f` allows for a file. Memory is taken only as they need it.
     pub fn message_memory(self, bytes: usize) -> Self {
         self.configure(|config| config.control_len_bytes = Some(bytes.max(1 << 20)))
     }
@@ -746,9 +758,10 @@ impl Core {
         context::retire_runtime();
         let doing = || Error::system("setting up the master");
         let arena = reserve(&mut self.arena)?;
-        let control_len_bytes = self.config.control_len_bytes;
-        let control_len_bytes =
-            control_len_bytes.unwrap_or_else(|| CONTROL_LEN_BYTES.min(arena.len_bytes() / 4));
+        let control_len_bytes = match self.config.control_len_bytes {
+            Some(len_bytes) => len_bytes,
+            None => default_control_len_bytes(&arena)?,
+        };
         let first_process = NEXT_PROCESS.load(Relaxed);
         let (control, region) = Control::create(
             &arena,

@@ -22,6 +22,7 @@ netmcore_forktest::forktests!(
     run_in_1_gib_of_addresses,
     run_in_512_mib_of_addresses,
     too_few_addresses_are_told,
+    run_with_small_files,
     full_shm_is_told_and_the_run_goes_on,
     no_shm_at_all_is_told,
 );
@@ -164,6 +165,45 @@ fn too_few_addresses_are_told() {
         };
         assert!(error.to_string().contains("ulimit -v"), "{error}");
     }
+}
+
+// ---- files ---------------------------------------------------------------------------------------
+
+/// Shared memory counts as files: of 64 MiB at the most.
+fn run_with_small_files() {
+    // In blocks of 512 bytes in some shells, of 1024 in others.
+    if !inside("run_with_small_files", &["bash"], "ulimit -f 65536") {
+        return;
+    }
+    in_a_worker(|| {
+        let counter = named("counter", || AtomicU64::new(1)).unwrap();
+        assert_eq!(spawn(add, &counter).unwrap().join().unwrap(), 1);
+        let long = vec![9_u8; 4 << 20];
+        let echo = |bytes: Vec<u8>| bytes;
+        assert_eq!(spawn(echo, &long).unwrap().join().unwrap(), long);
+        // What is too long for a file is told by whoever asks for it, and all goes on.
+        let too_long = vec![9_u8; 40 << 20];
+        let error = spawn(echo, &too_long).map(drop).unwrap_err();
+        assert!(error.to_string().contains("bytes"), "{error}");
+        let (_region, region) = create_region("/nmc-narrow-", 4096, 1 << 30).unwrap();
+        region.grow(60 * MIB).unwrap();
+        let error = region.grow(65 * MIB).unwrap_err();
+        assert!(error.to_string().contains("ulimit -f"), "{error}");
+        let fill = |()| {
+            let heap = create_heap("/nmc-narrow-").unwrap();
+            let mut held = Vec::new();
+            loop {
+                match ShmArc::new_in(&heap, [1_u64; 32 << 10]) {
+                    Ok(words) => held.push(words),
+                    Err(error) => break error.to_string(),
+                }
+                assert!(held.len() < 1000, "there are 64 MiB");
+            }
+        };
+        let error = spawn(fill, &()).unwrap().join().unwrap();
+        assert!(error.contains("ulimit -f"), "{error}");
+        assert_eq!(spawn(add, &counter).unwrap().join().unwrap(), 2);
+    });
 }
 
 // ---- shared memory -------------------------------------------------------------------------------
