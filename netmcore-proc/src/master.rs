@@ -747,7 +747,9 @@ impl Drop for Master {
 impl Core {
     /// Steps 2 and 3 of the module docs.
     fn begin(&mut self) -> Result<()> {
-        let threads = process::thread_count().map_err(Error::system("counting threads in /proc, which must be mounted"))?;
+        let threads = process::thread_count().map_err(Error::system(
+            "counting threads in /proc, which must be mounted",
+        ))?;
         if threads > 1 {
             return Err(Error::MultiThreaded { threads });
         }
