@@ -557,77 +557,24 @@ fn uncontended_operations_make_no_system_call() {
 
 /// Processes of two threads each put and take tokens; they die at random moments, and the others go on.
 fn random_kills_hang_nobody() {
-    const PROCESSES: usize = 3;
-    const THREADS: usize = 2;
-    let seed = number("NETMCORE_SEED").unwrap_or_else(netmcore_sys::process::random_u64);
-    let kills = number("NETMCORE_KILLS").unwrap_or(200);
-    eprintln!("replay: NETMCORE_SEED={seed} NETMCORE_KILLS={kills}");
-    let mut random = seed | 1;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
     let crowd = Crowd::install();
     let shared = shared();
     // One thread of each process puts one for everybody, the other takes; nobody else makes tokens.
-    let start = |process: usize| {
-        fork(move || {
-            std::thread::scope(|scope| {
-                for thread in 0..THREADS {
-                    scope.spawn(move || {
-                        while shared.stop.load(Ordering::SeqCst) == 0 {
-                            match thread {
-                                0 => {
-                                    let mut guard = lock(shared);
-                                    *guard = (*guard + 1).min(100);
-                                    drop(guard);
-                                    shared.more.notify_one();
-                                }
-                                _ => take(shared),
-                            }
-                            shared.progress[process * THREADS + thread]
-                                .fetch_add(1, Ordering::Relaxed);
-                        }
-                    });
-                }
-            });
-        })
-    };
-    let progress = || -> Vec<u64> {
-        let counts = shared.progress.iter();
-        counts.map(|count| count.load(Ordering::SeqCst)).collect()
-    };
-    let mut children: Vec<Child> = (0..PROCESSES).map(start).collect();
-    for _ in 0..kills {
-        let pause = Instant::now() + Duration::from_micros(next() % 1_500);
-        while Instant::now() < pause {
-            std::hint::spin_loop();
+    let work = |thread, _| match thread {
+        0 => {
+            let mut guard = lock(shared);
+            *guard = (*guard + 1).min(100);
+            drop(guard);
+            shared.more.notify_one();
         }
-        let killed = (next() % PROCESSES as u64) as usize;
-        children[killed].kill();
-        assert!(!children[killed].ended_well());
-        crowd.settle_death(children[killed].pid);
-        let made = progress();
-        wait_until("everybody has gone on", || {
-            let now = progress();
-            (0..PROCESSES * THREADS)
-                .all(|thread| thread / THREADS == killed || now[thread] > made[thread])
-        });
-        children[killed] = start(killed);
-    }
-    let guard = lock(shared);
-    shared.stop.store(1, Ordering::SeqCst);
-    shared.more.notify_all();
-    drop(guard);
-    assert!(children.iter().all(Child::ended_well));
+        _ => take(shared),
+    };
+    let kills = crowd.kill_at_random(&shared.stop, work, || {
+        let _guard = lock(shared);
+        shared.more.notify_all();
+    });
     let told = shared.told.load(Ordering::SeqCst);
     eprintln!("{told} of {kills} were killed holding the lock");
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
 }
 
 netmcore_forktest::forktests!(

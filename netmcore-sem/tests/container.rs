@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use support::{Child, Person, Shared, fork, shared, wait_until};
+use support::{Child, Person, Random, Shared, fork, number, shared, wait_until};
 
 const BACKENDS: [Backend; 2] = [Backend::Native, Backend::Named { mode: 0o600 }];
 
@@ -533,16 +533,9 @@ const WORKERS: u32 = 3;
 
 /// Processes allocate and free, and are killed at random: no semaphore is two's, none is lost.
 fn random_kills_lose_nothing() {
-    let seed = number("NETMCORE_SEED").unwrap_or_else(process::random_u64);
+    let mut random = Random::replayed();
     let kills = number("NETMCORE_KILLS").unwrap_or(60);
-    eprintln!("replay: NETMCORE_SEED={seed} NETMCORE_KILLS={kills}");
-    let mut random = seed | 1;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
+    eprintln!("replay: NETMCORE_SEED={} NETMCORE_KILLS={kills}", random.0);
     for backend in BACKENDS {
         let world = World::new(backend, 5);
         let start = |index: u32, generation: u32| -> (Person, Child) {
@@ -567,11 +560,11 @@ fn random_kills_lose_nothing() {
         let survivor = world.person(WORKERS, 1);
         let mut workers: Vec<_> = (0..WORKERS).map(|index| start(index, 1)).collect();
         for kill in 0..kills {
-            let pause = Instant::now() + Duration::from_micros(next() % 2_000);
+            let pause = Instant::now() + Duration::from_micros(random.below(2_000));
             while Instant::now() < pause {
                 std::hint::spin_loop();
             }
-            let index = (next() % u64::from(WORKERS)) as usize;
+            let index = random.below(u64::from(WORKERS)) as usize;
             let (person, child) = &workers[index];
             child.kill();
             assert!(!child.ended_well());
@@ -829,10 +822,6 @@ impl World {
         assert_eq!(self.infos().len(), 0);
         self.check_all_slots_are_there(person);
     }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
 }
 
 netmcore_forktest::forktests!(

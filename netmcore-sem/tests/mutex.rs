@@ -496,67 +496,16 @@ fn crash_at_any_point_is_told_and_recovered_from() {
 
 /// Processes of two threads each; they die at random moments, and the others go on.
 fn random_kills_hang_nobody() {
-    const PROCESSES: usize = 3;
-    const THREADS: usize = 2;
-    let seed = number("NETMCORE_SEED").unwrap_or_else(process::random_u64);
-    let kills = number("NETMCORE_KILLS").unwrap_or(200);
-    eprintln!("replay: NETMCORE_SEED={seed} NETMCORE_KILLS={kills}");
-    let mut random = seed | 1;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
     let crowd = Crowd::install();
     let shared = shared();
-    let start = |process: usize| {
-        fork(move || {
-            std::thread::scope(|scope| {
-                for thread in 0..THREADS {
-                    scope.spawn(move || {
-                        while shared.stop.load(Ordering::Relaxed) == 0 {
-                            work(shared);
-                            shared.progress[process * THREADS + thread]
-                                .fetch_add(1, Ordering::Relaxed);
-                        }
-                    });
-                }
-            });
-        })
+    let lock = |_, _| {
+        work(shared);
     };
-    let progress = || -> Vec<u64> {
-        let counts = shared.progress.iter();
-        counts.map(|count| count.load(Ordering::SeqCst)).collect()
-    };
-    let mut children: Vec<Child> = (0..PROCESSES).map(start).collect();
-    for _ in 0..kills {
-        let pause = Instant::now() + Duration::from_micros(next() % 1_500);
-        while Instant::now() < pause {
-            std::hint::spin_loop();
-        }
-        let killed = (next() % PROCESSES as u64) as usize;
-        children[killed].kill();
-        assert!(!children[killed].ended_well());
-        crowd.settle_death(children[killed].pid);
-        let made = progress();
-        wait_until("everybody has got the lock again", || {
-            let now = progress();
-            (0..PROCESSES * THREADS)
-                .all(|thread| thread / THREADS == killed || now[thread] > made[thread])
-        });
-        children[killed] = start(killed);
-    }
-    shared.stop.store(1, Ordering::SeqCst);
-    assert!(children.iter().all(Child::ended_well));
+    let kills = crowd.kill_at_random(&shared.stop, lock, || ());
     assert_eq!(work(shared), None);
     let told = shared.told.load(Ordering::SeqCst);
     eprintln!("{told} of {kills} were killed holding the lock");
     assert!(told > 0 || kills < 100);
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
 }
 
 /// Its two halves are equal, or it is not fit to be dropped.

@@ -100,12 +100,6 @@ fn holder<G>(take: impl FnOnce() -> G) -> Child {
     })
 }
 
-fn kill(crowd: &Crowd, victim: &Child) {
-    victim.kill();
-    assert!(!victim.ended_well());
-    crowd.settle_death(victim.pid);
-}
-
 /// A waiter sleeps for a victim that is killed; what it took comes to the waiter.
 fn comes_back(crowd: &Crowd, victim: Child, wait: impl FnOnce()) {
     let waiter = fork(wait);
@@ -243,7 +237,7 @@ fn a_thread_does_not_wait_for_itself() {
 
 /// More readers and holders than there are places, in threads of several processes: nobody is lost.
 fn places_that_are_used_up_are_waited_for() {
-    let _crowd = Crowd::install();
+    let crowd = Crowd::install();
     let shared = shared();
     let crowd_of = || {
         fork(|| {
@@ -280,7 +274,7 @@ fn places_that_are_used_up_are_waited_for() {
     });
     assert!(shared.lock.try_read().unwrap().is_none());
     for victim in &victims {
-        kill(_crowd, victim);
+        crowd.kill(victim);
     }
     drop(shared.lock.read().unwrap());
     drop(shared.semaphore.acquire(PERMITS));
@@ -327,7 +321,7 @@ fn posts_and_waits_count_whoever_makes_them() {
         semaphore.acquire(1)
     });
     wait_until("it has both", || semaphore.available() == 1);
-    kill(crowd, &victim);
+    crowd.kill(&victim);
     assert_eq!((semaphore.available(), semaphore.total()), (2, 2));
     semaphore.acquire(1).forget();
     assert_eq!((semaphore.available(), semaphore.total()), (1, 1));
@@ -388,7 +382,7 @@ fn those_that_wait_ask_who_lives_before_they_sleep() {
     for wait in waits {
         assert_eq!(questions_of(wait), 1);
     }
-    kill(crowd, &victim);
+    crowd.kill(&victim);
     let victim = holder(|| {
         let guard = shared.lock.write();
         shared.used.store(2, SeqCst);
@@ -397,7 +391,7 @@ fn those_that_wait_ask_who_lives_before_they_sleep() {
     wait_until("it writes", || shared.used.load(SeqCst) == 2);
     let read = || assert!(shared.lock.read_deadline(past).is_err());
     assert_eq!(questions_of(&read), 1);
-    kill(crowd, &victim);
+    crowd.kill(&victim);
 }
 
 /// A process does everything, and is killed at each point; the others find locks and permits as if it had never been.
@@ -559,7 +553,7 @@ fn death_before_arriving_is_told_and_another_may_come() {
     });
     wait_until("the other has joined", || shared.used.load(SeqCst) == 2);
     crowd::sleeping(&other);
-    kill(crowd, &victim);
+    crowd.kill(&victim);
     assert!(matches!(
         me.wait(),
         Err(BarrierError::ParticipantDied { .. })
@@ -696,27 +690,11 @@ fn event_stays_until_it_is_reset() {
     assert!(waiter.ended_well());
 }
 
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
-}
-
 /// Threads of several processes read, write and hold permits; some processes are killed at any moment.
 fn random_kills_hang_nobody_and_lose_nothing() {
-    const PROCESSES: usize = 3;
-    const THREADS: usize = 2;
-    let seed = number("NETMCORE_SEED").unwrap_or_else(netmcore_sys::process::random_u64);
-    let kills = number("NETMCORE_KILLS").unwrap_or(200);
-    eprintln!("replay: NETMCORE_SEED={seed} NETMCORE_KILLS={kills}");
-    let mut random = seed | 1;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
     let crowd = Crowd::install();
     let shared = shared();
-    let work = |round: u64| {
+    let work = |_, round: u64| {
         if round.is_multiple_of(3) {
             count_up(&mut write(shared).1);
         } else {
@@ -729,42 +707,7 @@ fn random_kills_hang_nobody_and_lose_nothing() {
         std::hint::spin_loop();
         drop(permits);
     };
-    let start = |process: usize| {
-        fork(move || {
-            std::thread::scope(|scope| {
-                for thread in 0..THREADS {
-                    scope.spawn(move || {
-                        for round in 0.. {
-                            if shared.stop.load(SeqCst) != 0 {
-                                break;
-                            }
-                            work(round);
-                            shared.progress[process * THREADS + thread].fetch_add(1, SeqCst);
-                        }
-                    });
-                }
-            });
-        })
-    };
-    let mut children: Vec<Child> = (0..PROCESSES).map(start).collect();
-    for _ in 0..kills {
-        let pause = Instant::now() + Duration::from_micros(next() % 1_500);
-        while Instant::now() < pause {
-            std::hint::spin_loop();
-        }
-        let killed = (next() % PROCESSES as u64) as usize;
-        kill(crowd, &children[killed]);
-        let progress = || shared.progress.each_ref().map(|count| count.load(SeqCst));
-        let made = progress();
-        wait_until("all others have gone on", || {
-            let now = progress();
-            (0..PROCESSES * THREADS)
-                .all(|thread| thread / THREADS == killed || now[thread] > made[thread])
-        });
-        children[killed] = start(killed);
-    }
-    shared.stop.store(1, SeqCst);
-    assert!(children.iter().all(Child::ended_well));
+    let kills = crowd.kill_at_random(&shared.stop, work, || ());
     check_whole(&write(shared).1);
     assert_eq!(shared.lock.reader_count(), 0);
     assert_eq!(shared.semaphore.available(), PERMITS);

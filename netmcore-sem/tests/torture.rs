@@ -6,21 +6,14 @@ mod support;
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use support::{Child, Person, fork, shared, wait_until};
+use support::{Child, Person, Random, fork, number, shared, wait_until};
 
 const WORKERS: u32 = 4;
 
 fn random_kills_hang_nobody() {
-    let seed = number("NETMCORE_SEED").unwrap_or_else(netmcore_sys::process::random_u64);
+    let mut random = Random::replayed();
     let kills = number("NETMCORE_KILLS").unwrap_or(400);
-    eprintln!("replay: NETMCORE_SEED={seed} NETMCORE_KILLS={kills}");
-    let mut random = seed | 1;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
+    eprintln!("replay: NETMCORE_SEED={} NETMCORE_KILLS={kills}", random.0);
     let shared = shared();
     let start = |index: u32, generation: u32| -> (Person, Child) {
         let person = shared.person(index, generation);
@@ -33,11 +26,11 @@ fn random_kills_hang_nobody() {
     };
     let mut workers: Vec<_> = (0..WORKERS).map(|index| start(index, 1)).collect();
     for kill in 0..kills {
-        let pause = Instant::now() + Duration::from_micros(next() % 1_500);
+        let pause = Instant::now() + Duration::from_micros(random.below(1_500));
         while Instant::now() < pause {
             std::hint::spin_loop();
         }
-        let index = (next() % u64::from(WORKERS)) as u32;
+        let index = random.below(u64::from(WORKERS)) as u32;
         let (person, child) = &workers[index as usize];
         child.kill();
         assert!(!child.ended_well());
@@ -65,10 +58,6 @@ fn random_kills_hang_nobody() {
 fn progress(shared: &support::Shared) -> Vec<u64> {
     let counts = shared.progress.iter();
     counts.map(|count| count.load(Ordering::SeqCst)).collect()
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
 }
 
 netmcore_forktest::forktests!(random_kills_hang_nobody);

@@ -1,17 +1,21 @@
 //! A supervisor for tests with several threads in several processes, and memory that they share.
 //!
+//! `NETMCORE_SEED` and `NETMCORE_KILLS` replay and lengthen the [random kills](Crowd::kill_at_random).
+//!
 //! # Safety
 //!
 //! Memory is mapped for ever and zeroed; the callers promise that zeros are valid for what they put there.
 
 #![allow(dead_code, unsafe_code)]
 
+use crate::support::{Child, Random, fork, number, wait_until};
 use netmcore_sem::{OwnerId, Owners, announce_death, current};
 use netmcore_sys::map::Mapping;
 use netmcore_sys::process::Pid;
 use netmcore_sys::shm::{self, Access};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 const PLACES: usize = 8192;
 const GENERATION: u32 = 1;
@@ -60,6 +64,70 @@ impl Crowd {
         }
         announce_death(&self.deaths);
     }
+
+    /// Kills a process at once, and says so to all.
+    pub fn kill(&self, child: &Child) {
+        child.kill();
+        assert!(!child.ended_well());
+        self.settle_death(child.pid);
+    }
+
+    /// Processes of two threads each do `work`, which is told the thread's number in its process and the round, over and over; one after the
+    /// other is killed at a random moment, and all others must go on. Then they are told to stop, `last` is called, and all must end. Returns how
+    /// many were killed.
+    pub fn kill_at_random(
+        &self,
+        stop: &AtomicU32,
+        work: impl Fn(usize, u64) + Sync,
+        last: impl FnOnce(),
+    ) -> u64 {
+        const PROCESSES: usize = 3;
+        const THREADS: usize = 2;
+        let mut random = Random::replayed();
+        let kills = number("NETMCORE_KILLS").unwrap_or(200);
+        eprintln!("replay: NETMCORE_SEED={} NETMCORE_KILLS={kills}", random.0);
+        // SAFETY: atomics only.
+        let rounds: &[AtomicU64; PROCESSES * THREADS] = unsafe { zeroed() };
+        let start = |process: usize| {
+            fork(|| {
+                std::thread::scope(|scope| {
+                    for thread in 0..THREADS {
+                        let (work, rounds) = (&work, &rounds[process * THREADS + thread]);
+                        scope.spawn(move || {
+                            for round in 0.. {
+                                if stop.load(Ordering::SeqCst) != 0 {
+                                    break;
+                                }
+                                work(thread, round);
+                                rounds.fetch_add(1, Ordering::SeqCst);
+                            }
+                        });
+                    }
+                });
+            })
+        };
+        let mut children: Vec<Child> = (0..PROCESSES).map(start).collect();
+        for _ in 0..kills {
+            let pause = Instant::now() + Duration::from_micros(random.below(1_500));
+            while Instant::now() < pause {
+                std::hint::spin_loop();
+            }
+            let killed = random.below(PROCESSES as u64) as usize;
+            self.kill(&children[killed]);
+            let now = || rounds.each_ref().map(|count| count.load(Ordering::SeqCst));
+            let then = now();
+            wait_until("all others have gone on", || {
+                let now = now();
+                (0..PROCESSES * THREADS)
+                    .all(|thread| thread / THREADS == killed || now[thread] > then[thread])
+            });
+            children[killed] = start(killed);
+        }
+        stop.store(1, Ordering::SeqCst);
+        last();
+        assert!(children.iter().all(Child::ended_well));
+        kills
+    }
 }
 
 impl Owners for Crowd {
@@ -89,9 +157,9 @@ impl Owners for Crowd {
 }
 
 /// Waits until the first thread of the child sleeps in the kernel, on a futex.
-pub fn sleeping(child: &crate::support::Child) {
+pub fn sleeping(child: &Child) {
     let path = format!("/proc/{}/syscall", child.pid.get());
-    crate::support::wait_until("the child sleeps", || {
+    wait_until("the child sleeps", || {
         let call = std::fs::read_to_string(&path).unwrap_or_default();
         // "running", or the number of the call: futex_waitv has the same one everywhere, plain futex is the fallback.
         let number = call.split(' ').next().unwrap_or_default();

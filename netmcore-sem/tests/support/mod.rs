@@ -161,3 +161,25 @@ pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
         std::thread::sleep(Duration::from_micros(100));
     }
 }
+
+/// What the environment says.
+pub fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// Random numbers (xorshift) that their seed decides.
+pub struct Random(pub u64);
+
+impl Random {
+    /// Those of `NETMCORE_SEED`, or new ones. The seed is printed by the test.
+    pub fn replayed() -> Random {
+        Random(number("NETMCORE_SEED").unwrap_or_else(process::random_u64) | 1)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
