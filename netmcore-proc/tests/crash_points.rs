@@ -1,26 +1,20 @@
 //! A death at any step leaves the others well. Guards against states that a death leaves behind and nobody
-//! recovers from: a scenario is run once to count the crash points that all its processes pass, and then once for each
-//! of them, where whoever passes it dies, be it a worker or the master.
-//!
-//! # Safety
-//! The test process is a program with one thread that forks children which only run a master and end.
-#![allow(unsafe_code)]
+//! recovers from.
 
+mod every_step;
 mod trial;
 
-use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use every_step::{EveryStep, PATIENCE, in_a_child};
 use netmcore_pmanage::Log;
 use netmcore_proc::{
-    Error, JoinError, Master, Process, Running, StartOptions, create_file, join_any, spawn,
+    JoinError, Master, Process, Running, StartOptions, create_file, join_any, spawn,
 };
-use netmcore_sys::crash;
-use netmcore_sys::process::{self, ExitStatus, Forked, PidFd};
+use netmcore_sys::process::ExitStatus;
 use netmcore_sys::signal::SIGKILL;
-use trial::{Trial, is_killed_by};
+use trial::is_killed_by;
 
 netmcore_forktest::forktests!(
     crash_with_ready_workers_harms_nobody_else,
@@ -30,47 +24,8 @@ netmcore_forktest::forktests!(
     crash_with_large_messages_harms_nobody_else,
 );
 
-/// Longer than anything here takes, deaths included.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// What one process panics with in each run.
 const EXPECTED: &str = "as it should";
-
-/// Forks a child that does `body` and ends with code 0, or with 101 if it panics.
-fn in_a_child(body: impl FnOnce()) -> ExitStatus {
-    // SAFETY: this process has one thread, so its memory is as good in the child.
-    let pid = match unsafe { process::fork() }.unwrap() {
-        Forked::Child => {
-            let outcome = catch_unwind(AssertUnwindSafe(body));
-            process::exit_now(if outcome.is_ok() { 0 } else { 101 });
-        }
-        Forked::Parent(pid) => pid,
-    };
-    let child = PidFd::open(pid).unwrap();
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.wait_nonblocking().unwrap() {
-            return status;
-        }
-        if start.elapsed() > PATIENCE {
-            show_processes();
-            let _ = child.send_signal(SIGKILL);
-            panic!("it hangs; somebody died at {:?}", crash::died_at());
-        }
-        // sleep: between two looks at the child; how long does not matter.
-        std::thread::sleep(Duration::from_micros(300));
-    }
-}
-
-/// What a hang looks like.
-fn show_processes() {
-    let shown = std::process::Command::new("ps")
-        .args(["-eo", "pid,ppid,stat,wchan:20,args"])
-        .output();
-    if let Ok(shown) = shown {
-        eprintln!("{}", String::from_utf8_lossy(&shown.stdout));
-    }
-}
 
 /// How the scenario is run.
 #[derive(Clone, Copy)]
@@ -201,65 +156,16 @@ fn next_start(dir: &Path) {
     }
 }
 
-fn crash_everywhere(setting: Setting) {
-    let trial = Trial::new();
-    let show = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        if info
-            .payload()
-            .downcast_ref::<String>()
-            .is_none_or(|text| text != EXPECTED)
-        {
-            show(info);
-        }
-    }));
-    let run = |die_at: Option<u64>| {
-        crash::arm(die_at);
-        let status = in_a_child(|| {
-            let outcome = scenario(trial.dir(), setting);
-            crash::disarm();
-            match outcome {
-                Ok(killed) => {
-                    let died = u64::from(crash::died_at().is_some());
-                    assert!(killed <= died, "{killed} were killed");
-                    trial.check_nothing_is_left();
-                }
-                // The first process itself.
-                Err(Error::FirstProcess(error)) => {
-                    assert!(is_killed_by(SIGKILL, &error), "{error:#}");
-                    trial.check_nothing_is_left();
-                }
-                Err(error) => panic!("{error}"),
-            }
-        });
-        crash::disarm();
-        status
+fn crash_everywhere(setting: Setting, stride: u64) {
+    let every_step = EveryStep {
+        scenario: &|dir| scenario(dir, setting),
+        first: 1,
+        stride,
+        least: 50,
+        is_expected: |text| text == EXPECTED,
+        next_start,
     };
-    assert_eq!(run(None), ExitStatus::Exited { code: 0 });
-    let count = crash::passed();
-    assert!(count > 50, "only {count} crash points");
-    let mut deaths: BTreeMap<String, u64> = BTreeMap::new();
-    let mut masters = 0;
-    for step in 1..=count {
-        let status = run(Some(step));
-        let place = crash::died_at();
-        if let Some(place) = &place {
-            *deaths.entry(place.clone()).or_default() += 1;
-        }
-        match status {
-            ExitStatus::Exited { code: 0 } => {}
-            ExitStatus::Signaled {
-                signal: SIGKILL, ..
-            } if place.is_some() => masters += 1,
-            status => panic!("{status} at step {step}: {place:?}"),
-        }
-        if status != (ExitStatus::Exited { code: 0 }) || step % 10 == 0 {
-            next_start(trial.dir());
-        }
-    }
-    next_start(trial.dir());
-    eprintln!("{count} points, the master died {masters} times: {deaths:#?}");
-    assert!(masters > 0, "the master never died");
+    let deaths = every_step.run();
     for place in [
         "proc.control.queue",
         "proc.control.deliver",
@@ -270,41 +176,46 @@ fn crash_everywhere(setting: Setting) {
 }
 
 fn crash_with_ready_workers_harms_nobody_else() {
-    crash_everywhere(Setting {
+    let setting = Setting {
         ready_workers: 2,
         process_limit: 64,
         message_len: 100,
-    });
+    };
+    crash_everywhere(setting, 1);
 }
 
 fn crash_without_ready_workers_harms_nobody_else() {
-    crash_everywhere(Setting {
+    let setting = Setting {
         ready_workers: 0,
         process_limit: 64,
         message_len: 10,
-    });
+    };
+    crash_everywhere(setting, 1);
 }
 
 fn crash_with_one_ready_worker_harms_nobody_else() {
-    crash_everywhere(Setting {
+    let setting = Setting {
         ready_workers: 1,
         process_limit: 64,
         message_len: 1000,
-    });
+    };
+    crash_everywhere(setting, 2);
 }
 
 fn crash_in_a_small_table_harms_nobody_else() {
-    crash_everywhere(Setting {
+    let setting = Setting {
         ready_workers: 2,
         process_limit: 8,
         message_len: 1,
-    });
+    };
+    crash_everywhere(setting, 2);
 }
 
 fn crash_with_large_messages_harms_nobody_else() {
-    crash_everywhere(Setting {
+    let setting = Setting {
         ready_workers: 2,
         process_limit: 64,
         message_len: 100_000,
-    });
+    };
+    crash_everywhere(setting, 2);
 }

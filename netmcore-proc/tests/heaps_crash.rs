@@ -1,29 +1,25 @@
 //! A death at any step of making, sending and naming shared values leaves the others well. Guards against heaps that stay, names that
-//! nobody can use any more, locks that nobody gets, and counts that are wrong after a death: a scenario is run once to count the crash
-//! points that all its processes pass, and then once for each of them, where whoever passes it dies, be it a worker or the master.
-//!
-//! # Safety
-//! The test process is a program with one thread that forks children which only run a master and end.
-#![allow(unsafe_code)]
+//! nobody can use any more, locks that nobody gets, and counts that are wrong after a death.
 
+mod every_step;
 mod trial;
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use every_step::{EveryStep, PATIENCE, in_a_child};
 use netmcore_pmanage::Log;
 use netmcore_proc::{
-    Error, JoinError, Master, Process, Running, ShmArc, ShmSafe, create_heap_with_max, named,
+    JoinError, Master, Process, Running, ShmArc, ShmSafe, create_heap_with_max, named,
     remove_named, shared_heap, spawn, try_named,
 };
 use netmcore_sem::{Current, LockWord, WaitWord};
 use netmcore_shm::Heap;
 use netmcore_sys::crash;
-use netmcore_sys::process::{self, ExitStatus, Forked, PidFd};
+use netmcore_sys::process::ExitStatus;
 use netmcore_sys::signal::SIGKILL;
 use trial::{Trial, is_killed_by, until};
 
@@ -35,36 +31,9 @@ netmcore_forktest::forktests!(
     maker_of_the_shared_heap_killed_at_each_point,
 );
 
-/// Longer than anything here takes, deaths included.
-const PATIENCE: Duration = Duration::from_secs(30);
 const HEAP_PREFIX: &str = "/nmc-hcrash-";
 /// So long that each heap is made in a moment.
 const HEAP_MAX_BYTES: u64 = 4 << 20;
-
-/// Forks a child that does `body` and ends with code 0, or with 101 if it panics.
-fn in_a_child(body: impl FnOnce()) -> ExitStatus {
-    // SAFETY: this process has one thread, so its memory is as good in the child.
-    let pid = match unsafe { process::fork() }.unwrap() {
-        Forked::Child => {
-            let outcome = catch_unwind(AssertUnwindSafe(body));
-            process::exit_now(if outcome.is_ok() { 0 } else { 101 });
-        }
-        Forked::Parent(pid) => pid,
-    };
-    let child = PidFd::open(pid).unwrap();
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.wait_nonblocking().unwrap() {
-            return status;
-        }
-        if start.elapsed() > PATIENCE {
-            let _ = child.send_signal(SIGKILL);
-            panic!("it hangs; somebody died at {:?}", crash::died_at());
-        }
-        // sleep: between two looks at the child; how long does not matter.
-        std::thread::sleep(Duration::from_micros(300));
-    }
-}
 
 type Counter = ShmArc<AtomicU64>;
 
@@ -216,66 +185,17 @@ fn next_start(dir: &Path) {
     assert_eq!(objects_left(), Vec::<String>::new());
 }
 
-/// Who passes which point when differs from run to run, so all of them are met by a part of the steps.
-const STRIDE: u64 = 3;
-
 fn crash_everywhere(ready_workers: usize, first: u64) {
-    let trial = Trial::new();
-    let show = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        let text = info.payload().downcast_ref::<String>();
+    let every_step = EveryStep {
+        scenario: &|dir| scenario(dir, ready_workers),
+        first,
+        stride: 3,
+        least: 100,
         // What workers fail with whose master was the victim.
-        if text.is_none_or(|text| !text.contains("MasterGone")) {
-            show(info);
-        }
-    }));
-    let run = |die_at: Option<u64>| {
-        crash::arm(die_at);
-        let status = in_a_child(|| {
-            let outcome = scenario(trial.dir(), ready_workers);
-            crash::disarm();
-            match outcome {
-                Ok(killed) => {
-                    let died = u64::from(crash::died_at().is_some());
-                    assert!(killed <= died, "{killed} were killed");
-                    trial.check_nothing_is_left();
-                }
-                // The first process itself.
-                Err(Error::FirstProcess(error)) => {
-                    assert!(is_killed_by(SIGKILL, &error), "{error:#}");
-                    trial.check_nothing_is_left();
-                }
-                Err(error) => panic!("{error}"),
-            }
-        });
-        crash::disarm();
-        status
+        is_expected: |text| text.contains("MasterGone"),
+        next_start,
     };
-    assert_eq!(run(None), ExitStatus::Exited { code: 0 });
-    let count = crash::passed();
-    assert!(count > 100, "only {count} crash points");
-    let mut deaths: BTreeMap<String, u64> = BTreeMap::new();
-    let mut masters = 0;
-    for step in (first..=count).step_by(STRIDE as usize) {
-        let status = run(Some(step));
-        let place = crash::died_at();
-        if let Some(place) = &place {
-            *deaths.entry(place.clone()).or_default() += 1;
-        }
-        match status {
-            ExitStatus::Exited { code: 0 } => {}
-            ExitStatus::Signaled {
-                signal: SIGKILL, ..
-            } if place.is_some() => {
-                masters += 1;
-                next_start(trial.dir());
-            }
-            status => panic!("{status} at step {step}: {place:?}"),
-        }
-    }
-    next_start(trial.dir());
-    eprintln!("{count} points, the master died {masters} times: {deaths:#?}");
-    assert!(masters > 0, "the master never died");
+    let deaths = every_step.run();
     for kind in ["proc.run.", "proc.worker.", "sem.", "shm.arc."] {
         let is_kind = |place: &String| place.starts_with(kind);
         assert!(deaths.keys().any(is_kind), "nobody died at {kind}");
