@@ -27,6 +27,7 @@
 //! **Not here.** Fairness: who wants several may wait while others take one at a time.
 
 use crate::current::{Current, fork_epoch};
+use crate::lock_error::LockError;
 use crate::owner::{OwnerId, Owners};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence_in_models};
 use crate::wait::{Asks, WaitWord};
@@ -35,9 +36,11 @@ use netmcore_sys::crash_point;
 use netmcore_sys::futex::Deadline;
 use std::fmt;
 use std::marker::PhantomData;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const EMPTY: u64 = 0;
+/// For so long nobody has the lock who runs, or the machine does nothing else.
+const STALL: Duration = Duration::from_millis(100);
 /// Of waits.
 const NO_DEADLINE: &str = "a wait without a deadline ends by what it waits for";
 
@@ -147,16 +150,20 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     #[inline]
     pub fn acquire(&self, count: u32) -> ShmPermits<'_, HOLDERS> {
         let mine = held_by(Current.me());
-        let place = self
-            .take(mine, count, Asks::Nobody)
-            .or_else(|| self.wait_for(None, |asks| self.take(mine, count, asks)));
+        let take = |asks| self.take(self.lock(), mine, count, asks);
+        let place = take(Asks::Nobody).or_else(|| self.wait_for(None, take));
         self.permits(mine, place.expect(NO_DEADLINE), count)
     }
 
     /// Takes `count` permits if so many are available.
+    ///
+    /// # Blocking
+    ///
+    /// For the moment in which another one takes or gives back; 0.1 s if that one is stopped in the middle of it, and then it is `None`.
     pub fn try_acquire(&self, count: u32) -> Option<ShmPermits<'_, HOLDERS>> {
         let mine = held_by(Current.me());
-        let place = self.take(mine, count, Asks::WhoLives)?;
+        let locked = self.lock_until(Instant::now())?;
+        let place = self.take(locked, mine, count, Asks::WhoLives)?;
         Some(self.permits(mine, place, count))
     }
 
@@ -164,14 +171,14 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     ///
     /// # Blocking
     ///
-    /// As [`acquire`](Self::acquire), until the deadline. With a deadline in the past: not at all.
+    /// As [`acquire`](Self::acquire), until the deadline. With a deadline in the past: as [`try_acquire`](Self::try_acquire).
     pub fn acquire_deadline(
         &self,
         count: u32,
         deadline: Instant,
     ) -> Option<ShmPermits<'_, HOLDERS>> {
         let mine = held_by(Current.me());
-        let take = |asks| self.take(mine, count, asks);
+        let take = |asks| self.take(self.lock_until(deadline)?, mine, count, asks);
         let place = self.wait_for(Some(deadline.into()), take)?;
         Some(self.permits(mine, place, count))
     }
@@ -211,25 +218,30 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     /// That has taken it: it is gone.
     #[doc(alias = "Netmcore_sem.wait")]
     pub fn wait(&self) {
-        let taken = self
-            .take_one(Asks::Nobody)
-            .or_else(|| self.wait_for(None, |asks| self.take_one(asks)));
+        let take = |asks| self.take_one(self.lock(), asks);
+        let taken = take(Asks::Nobody).or_else(|| self.wait_for(None, take));
         taken.expect(NO_DEADLINE);
     }
 
     /// Takes a permit for good if one is available.
+    ///
+    /// # Blocking
+    ///
+    /// As [`try_acquire`](Self::try_acquire).
     pub fn try_wait(&self) -> bool {
-        self.take_one(Asks::WhoLives).is_some()
+        self.lock_until(Instant::now())
+            .and_then(|locked| self.take_one(locked, Asks::WhoLives))
+            .is_some()
     }
 
     /// Takes a permit for good, waiting until `deadline` at most; says whether it did.
     ///
     /// # Blocking
     ///
-    /// As [`acquire`](Self::acquire), until the deadline. With a deadline in the past: not at all.
+    /// As [`acquire`](Self::acquire), until the deadline. With a deadline in the past: as [`try_acquire`](Self::try_acquire).
     pub fn wait_deadline(&self, deadline: Instant) -> bool {
-        self.wait_for(Some(deadline.into()), |asks| self.take_one(asks))
-            .is_some()
+        let take = |asks| self.take_one(self.lock_until(deadline)?, asks);
+        self.wait_for(Some(deadline.into()), take).is_some()
     }
 
     /// How many permits nobody alive holds. True only of the moment at which it was read.
@@ -270,8 +282,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
 
     /// Takes permits into the caller's place; the place.
     #[inline]
-    fn take(&self, mine: u64, count: u32, asks: Asks) -> Option<usize> {
-        let locked = self.lock();
+    fn take(&self, locked: LockGuard<'_>, mine: u64, count: u32, asks: Asks) -> Option<usize> {
         if self.available.load(Ordering::Relaxed) < count {
             self.free_dead(asks);
         }
@@ -320,8 +331,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     }
 
     /// Takes a permit from the total.
-    fn take_one(&self, asks: Asks) -> Option<()> {
-        let _locked = self.lock();
+    fn take_one(&self, _locked: LockGuard<'_>, asks: Asks) -> Option<()> {
         if self.available.load(Ordering::Relaxed) == 0 {
             self.free_dead(asks);
         }
@@ -414,6 +424,26 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         }
     }
 
+    /// `None` if another one has it until the deadline, or for [`STALL`] if that is longer: it must be stopped.
+    fn lock_until(&self, deadline: Instant) -> Option<LockGuard<'_>> {
+        let locked = match self.lock.try_lock(&Current) {
+            Ok(Some(guard)) => return Some(guard),
+            Ok(None) => {
+                let deadline = deadline.max(Instant::now() + STALL);
+                self.lock.lock_deadline(&Current, deadline)
+            }
+            Err(died) => Err(LockError::OwnerDied(died)),
+        };
+        match locked {
+            Ok(guard) => Some(guard),
+            Err(LockError::OwnerDied(died)) => {
+                self.count_available();
+                Some(died.guard)
+            }
+            Err(_) => None,
+        }
+    }
+
     #[inline]
     fn permits(&self, mine: u64, place: usize, count: u32) -> ShmPermits<'_, HOLDERS> {
         ShmPermits {
@@ -497,5 +527,40 @@ impl<const HOLDERS: usize> fmt::Debug for ShmPermits<'_, HOLDERS> {
         f.debug_struct("ShmPermits")
             .field("count", &self.count)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    /// As when a process is stopped in the middle of a change.
+    #[test]
+    fn deadlines_hold_while_another_one_changes_it() {
+        let semaphore = <ShmSemaphore>::new(2);
+        std::thread::scope(|scope| {
+            let stopped = semaphore.lock();
+            let (tell, hear) = mpsc::channel();
+            let semaphore = &semaphore;
+            scope.spawn(move || {
+                let soon = || Instant::now() + Duration::from_millis(20);
+                let got = [
+                    semaphore.acquire_deadline(1, soon()).is_some(),
+                    semaphore.wait_deadline(soon()),
+                    semaphore.wait_deadline(Instant::now()),
+                    semaphore.try_acquire(1).is_some(),
+                    semaphore.try_wait(),
+                ];
+                tell.send(got).unwrap();
+                // It has been given up, and is there.
+                semaphore.wait();
+                tell.send([semaphore.try_wait(); 5]).unwrap();
+            });
+            let told = hear.recv_timeout(Duration::from_secs(60));
+            drop(stopped);
+            assert_eq!(told, Ok([false; 5]));
+            assert_eq!(hear.recv(), Ok([true; 5]));
+        });
     }
 }
