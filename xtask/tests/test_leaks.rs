@@ -91,14 +91,14 @@ fn temporary_file_is_found() {
 #[test]
 fn process_is_found() {
     for options in [&[][..], RECORD] {
-        assert_leaks(options, "sleep 1000 &", "sleep 1000");
+        assert_leaks(options, "sleep 100 &", "sleep 100");
     }
 }
 
 #[test]
 fn process_that_left_its_session_is_found() {
     for options in [&[][..], RECORD] {
-        assert_leaks(options, "setsid sleep 1001 &", "sleep 1001");
+        assert_leaks(options, "setsid sleep 101 &", "sleep 101");
     }
 }
 

@@ -262,12 +262,12 @@ impl Orders {
         let whose = self.whose();
         let start = Instant::now();
         let mut left = whose.processes();
-        while !left.is_empty() && start.elapsed() < GRACE {
+        while (left.is_unclear || !left.living.is_empty()) && start.elapsed() < GRACE {
             // sleep: paces the polling of a condition that is given GRACE to become true.
             std::thread::sleep(PAUSE);
             left = whose.processes();
         }
-        for pid in left {
+        for pid in left.living {
             let process = describe_process(pid);
             report
                 .leaks

@@ -64,28 +64,49 @@ pub enum Whose {
     Marked(String),
 }
 
+/// The processes of a program at one moment.
+#[derive(Debug, Default)]
+pub struct Processes {
+    /// Those that live, zombies left out.
+    pub living: Vec<u32>,
+    /// Whether there may be more: a process that is in the middle of an `exec` shows no environment.
+    pub is_unclear: bool,
+}
+
 impl Whose {
-    /// The living processes, zombies left out.
-    pub fn processes(&self) -> Vec<u32> {
+    /// Looks for them.
+    pub fn processes(&self) -> Processes {
         let own = std::process::id();
+        let own_start = Stat::read(own).map_or(0, |stat| stat.start_time);
         let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
         let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let mut living: Vec<u32> = numbers
-            .filter(|&pid| pid != own && self.includes(pid) && is_alive(pid))
-            .collect();
-        living.sort_unstable();
-        living
+        let mut found = Processes::default();
+        for pid in numbers.filter(|&pid| pid != own) {
+            match self.includes(pid) {
+                Some(false) => {}
+                Some(true) if is_alive(pid) => found.living.push(pid),
+                Some(true) => {}
+                // What had none before the program began is none of its processes.
+                None => {
+                    found.is_unclear |= Stat::read(pid).is_some_and(|stat| {
+                        stat.is_alive() && !stat.is_of_kernel() && stat.start_time >= own_start
+                    });
+                }
+            }
+        }
+        found.living.sort_unstable();
+        found
     }
 
-    fn includes(&self, pid: u32) -> bool {
+    /// `None` if the process shows no environment.
+    fn includes(&self, pid: u32) -> Option<bool> {
         match self {
-            Whose::Everybody => pid != 1,
+            Whose::Everybody => Some(pid != 1),
             Whose::Marked(value) => {
                 let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
                 let wanted = format!("{MARK}={value}");
-                environment
-                    .split(|&byte| byte == 0)
-                    .any(|entry| entry == wanted.as_bytes())
+                let mut entries = environment.split(|&byte| byte == 0);
+                (!environment.is_empty()).then(|| entries.any(|entry| entry == wanted.as_bytes()))
             }
         }
     }
@@ -98,20 +119,44 @@ impl Whose {
         let object = object.to_string_lossy();
         pids.any(|pid| {
             let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-            maps.lines().any(|line| line.ends_with(&*object)) && !self.includes(pid)
+            maps.lines().any(|line| line.ends_with(&*object)) && self.includes(pid) != Some(true)
         })
+    }
+}
+
+/// What `/proc/PID/stat` says; `proc(5)`.
+struct Stat {
+    state: char,
+    flags: u64,
+    /// Clock ticks since boot.
+    start_time: u64,
+}
+
+impl Stat {
+    fn read(pid: u32) -> Option<Stat> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, in parentheses, may hold anything; the third field follows the last one.
+        let mut fields = stat.rsplit(')').next()?.split_whitespace();
+        Some(Stat {
+            state: fields.next()?.chars().next()?,
+            flags: fields.nth(9 - 4)?.parse().ok()?,
+            start_time: fields.nth(22 - 10)?.parse().ok()?,
+        })
+    }
+
+    fn is_alive(&self) -> bool {
+        self.state != 'Z' && self.state != 'X'
+    }
+
+    fn is_of_kernel(&self) -> bool {
+        const PF_KTHREAD: u64 = 0x0020_0000;
+        self.flags & PF_KTHREAD != 0
     }
 }
 
 /// Whether `pid` exists and is no zombie.
 fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name, in parentheses, may hold anything; the state follows the last one.
-    let state = stat
-        .rsplit(')')
-        .next()
-        .and_then(|rest| rest.trim_start().chars().next());
-    state.is_some_and(|state| state != 'Z' && state != 'X')
+    Stat::read(pid).is_some_and(|stat| stat.is_alive())
 }
 
 /// A process for people: number, command line, and the descriptors it holds.
@@ -184,6 +229,27 @@ mod tests {
     fn this_process_is_alive_and_nobody_is_marked() {
         assert!(is_alive(std::process::id()));
         assert!(!is_alive(u32::MAX));
-        assert!(Whose::Marked("nobody".to_owned()).processes().is_empty());
+        let nobody = Whose::Marked("nobody".to_owned()).processes();
+        assert!(nobody.living.is_empty());
+    }
+
+    #[test]
+    fn process_without_environment_is_unclear() {
+        let whose = Whose::Marked(format!("test-{}", std::process::id()));
+        // As in the middle of an `exec`.
+        let mut bare = std::process::Command::new("sleep")
+            .arg("100")
+            .env_clear()
+            .spawn()
+            .unwrap();
+        let stat = Stat::read(bare.id()).unwrap();
+        assert!(stat.is_alive() && !stat.is_of_kernel() && stat.start_time > 0);
+        let environment = || fs::read(format!("/proc/{}/environ", bare.id())).unwrap();
+        while !environment().is_empty() {
+            std::thread::yield_now();
+        }
+        assert!(whose.processes().is_unclear);
+        bare.kill().unwrap();
+        bare.wait().unwrap();
     }
 }
