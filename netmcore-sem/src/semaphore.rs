@@ -150,7 +150,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     #[inline]
     pub fn acquire(&self, count: u32) -> ShmPermits<'_, HOLDERS> {
         let mine = held_by(Current.me());
-        let take = |asks| self.take(self.lock(), mine, count, asks);
+        let take = |asks| self.take(mine, count, asks, None);
         let place = take(Asks::Nobody).or_else(|| self.wait_for(None, take));
         self.permits(mine, place.expect(NO_DEADLINE), count)
     }
@@ -162,8 +162,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     /// For the moment in which another one takes or gives back; 0.1 s if that one is stopped in the middle of it, and then it is `None`.
     pub fn try_acquire(&self, count: u32) -> Option<ShmPermits<'_, HOLDERS>> {
         let mine = held_by(Current.me());
-        let locked = self.lock_until(Instant::now())?;
-        let place = self.take(locked, mine, count, Asks::WhoLives)?;
+        let place = self.take(mine, count, Asks::WhoLives, Some(Instant::now()))?;
         Some(self.permits(mine, place, count))
     }
 
@@ -178,7 +177,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         deadline: Instant,
     ) -> Option<ShmPermits<'_, HOLDERS>> {
         let mine = held_by(Current.me());
-        let take = |asks| self.take(self.lock_until(deadline)?, mine, count, asks);
+        let take = |asks| self.take(mine, count, asks, Some(deadline));
         let place = self.wait_for(Some(deadline.into()), take)?;
         Some(self.permits(mine, place, count))
     }
@@ -218,7 +217,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     /// That has taken it: it is gone.
     #[doc(alias = "Netmcore_sem.wait")]
     pub fn wait(&self) {
-        let take = |asks| self.take_one(self.lock(), asks);
+        let take = |asks| self.take_one(asks, None);
         let taken = take(Asks::Nobody).or_else(|| self.wait_for(None, take));
         taken.expect(NO_DEADLINE);
     }
@@ -229,8 +228,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     ///
     /// As [`try_acquire`](Self::try_acquire).
     pub fn try_wait(&self) -> bool {
-        self.lock_until(Instant::now())
-            .and_then(|locked| self.take_one(locked, Asks::WhoLives))
+        self.take_one(Asks::WhoLives, Some(Instant::now()))
             .is_some()
     }
 
@@ -240,7 +238,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     ///
     /// As [`acquire`](Self::acquire), until the deadline. With a deadline in the past: as [`try_acquire`](Self::try_acquire).
     pub fn wait_deadline(&self, deadline: Instant) -> bool {
-        let take = |asks| self.take_one(self.lock_until(deadline)?, asks);
+        let take = |asks| self.take_one(asks, Some(deadline));
         self.wait_for(Some(deadline.into()), take).is_some()
     }
 
@@ -280,9 +278,13 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         })
     }
 
-    /// Takes permits into the caller's place; the place.
+    /// Takes permits into the caller's place; the place. Waits for the lock no longer than [`lock_until`](Self::lock_until).
     #[inline]
-    fn take(&self, locked: LockGuard<'_>, mine: u64, count: u32, asks: Asks) -> Option<usize> {
+    fn take(&self, mine: u64, count: u32, asks: Asks, deadline: Option<Instant>) -> Option<usize> {
+        let locked = match deadline {
+            None => self.lock(),
+            Some(deadline) => self.lock_until(deadline)?,
+        };
         if self.available.load(Ordering::Relaxed) < count {
             self.free_dead(asks);
         }
@@ -331,7 +333,11 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     }
 
     /// Takes a permit from the total.
-    fn take_one(&self, _locked: LockGuard<'_>, asks: Asks) -> Option<()> {
+    fn take_one(&self, asks: Asks, deadline: Option<Instant>) -> Option<()> {
+        let _locked = match deadline {
+            None => self.lock(),
+            Some(deadline) => self.lock_until(deadline)?,
+        };
         if self.available.load(Ordering::Relaxed) == 0 {
             self.free_dead(asks);
         }
@@ -424,7 +430,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         }
     }
 
-    /// `None` if another one has it until the deadline, or for [`STALL`] if that is longer: it must be stopped.
+    /// As [`lock`](Self::lock); `None` if another one has it until the deadline, or for [`STALL`] if that is longer: it must be stopped.
     fn lock_until(&self, deadline: Instant) -> Option<LockGuard<'_>> {
         let locked = match self.lock.try_lock(&Current) {
             Ok(Some(guard)) => return Some(guard),
