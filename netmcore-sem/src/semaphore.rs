@@ -39,10 +39,20 @@ use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
 const EMPTY: u64 = 0;
-/// For so long nobody has the lock who runs, or the machine does nothing else.
-const STALL: Duration = Duration::from_millis(100);
 /// Of waits.
 const NO_DEADLINE: &str = "a wait without a deadline ends by what it waits for";
+/// For so long nobody has the lock who runs, or the machine does nothing else.
+const STALL: Duration = Duration::from_millis(100);
+
+/// How long the lock is waited for.
+#[derive(Clone, Copy)]
+enum Patience {
+    Endless,
+    /// Until then, and for [`STALL`] at least.
+    Until(Instant),
+    /// For [`STALL`].
+    Stall,
+}
 
 /// A counting semaphore in shared memory for threads of many processes.
 ///
@@ -150,7 +160,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     #[inline]
     pub fn acquire(&self, count: u32) -> ShmPermits<'_, HOLDERS> {
         let mine = held_by(Current.me());
-        let take = |asks| self.take(mine, count, asks, None);
+        let take = |asks| self.take(mine, count, asks, Patience::Endless);
         let place = take(Asks::Nobody).or_else(|| self.wait_for(None, take));
         self.permits(mine, place.expect(NO_DEADLINE), count)
     }
@@ -162,7 +172,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     /// For the moment in which another one takes or gives back; 0.1 s if that one is stopped in the middle of it, and then it is `None`.
     pub fn try_acquire(&self, count: u32) -> Option<ShmPermits<'_, HOLDERS>> {
         let mine = held_by(Current.me());
-        let place = self.take(mine, count, Asks::WhoLives, Some(Instant::now()))?;
+        let place = self.take(mine, count, Asks::WhoLives, Patience::Stall)?;
         Some(self.permits(mine, place, count))
     }
 
@@ -177,7 +187,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         deadline: Instant,
     ) -> Option<ShmPermits<'_, HOLDERS>> {
         let mine = held_by(Current.me());
-        let take = |asks| self.take(mine, count, asks, Some(deadline));
+        let take = |asks| self.take(mine, count, asks, Patience::Until(deadline));
         let place = self.wait_for(Some(deadline.into()), take)?;
         Some(self.permits(mine, place, count))
     }
@@ -217,7 +227,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     /// That has taken it: it is gone.
     #[doc(alias = "Netmcore_sem.wait")]
     pub fn wait(&self) {
-        let take = |asks| self.take_one(asks, None);
+        let take = |asks| self.take_one(asks, Patience::Endless);
         let taken = take(Asks::Nobody).or_else(|| self.wait_for(None, take));
         taken.expect(NO_DEADLINE);
     }
@@ -228,8 +238,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     ///
     /// As [`try_acquire`](Self::try_acquire).
     pub fn try_wait(&self) -> bool {
-        self.take_one(Asks::WhoLives, Some(Instant::now()))
-            .is_some()
+        self.take_one(Asks::WhoLives, Patience::Stall).is_some()
     }
 
     /// Takes a permit for good, waiting until `deadline` at most; says whether it did.
@@ -238,7 +247,7 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     ///
     /// As [`acquire`](Self::acquire), until the deadline. With a deadline in the past: as [`try_acquire`](Self::try_acquire).
     pub fn wait_deadline(&self, deadline: Instant) -> bool {
-        let take = |asks| self.take_one(asks, Some(deadline));
+        let take = |asks| self.take_one(asks, Patience::Until(deadline));
         self.wait_for(Some(deadline.into()), take).is_some()
     }
 
@@ -278,12 +287,12 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         })
     }
 
-    /// Takes permits into the caller's place; the place. Waits for the lock no longer than [`lock_until`](Self::lock_until).
+    /// Takes permits into the caller's place; the place.
     #[inline]
-    fn take(&self, mine: u64, count: u32, asks: Asks, deadline: Option<Instant>) -> Option<usize> {
-        let locked = match deadline {
-            None => self.lock(),
-            Some(deadline) => self.lock_until(deadline)?,
+    fn take(&self, mine: u64, count: u32, asks: Asks, patience: Patience) -> Option<usize> {
+        let locked = match patience {
+            Patience::Endless => self.lock(),
+            limited => self.lock_until(limited)?,
         };
         if self.available.load(Ordering::Relaxed) < count {
             self.free_dead(asks);
@@ -333,10 +342,10 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
     }
 
     /// Takes a permit from the total.
-    fn take_one(&self, asks: Asks, deadline: Option<Instant>) -> Option<()> {
-        let _locked = match deadline {
-            None => self.lock(),
-            Some(deadline) => self.lock_until(deadline)?,
+    fn take_one(&self, asks: Asks, patience: Patience) -> Option<()> {
+        let _locked = match patience {
+            Patience::Endless => self.lock(),
+            limited => self.lock_until(limited)?,
         };
         if self.available.load(Ordering::Relaxed) == 0 {
             self.free_dead(asks);
@@ -430,12 +439,16 @@ impl<const HOLDERS: usize> ShmSemaphore<HOLDERS> {
         }
     }
 
-    /// As [`lock`](Self::lock); `None` if another one has it until the deadline, or for [`STALL`] if that is longer: it must be stopped.
-    fn lock_until(&self, deadline: Instant) -> Option<LockGuard<'_>> {
+    /// As [`lock`](Self::lock); `None` if another one has it for longer: that must be stopped.
+    fn lock_until(&self, patience: Patience) -> Option<LockGuard<'_>> {
         let locked = match self.lock.try_lock(&Current) {
             Ok(Some(guard)) => return Some(guard),
             Ok(None) => {
-                let deadline = deadline.max(Instant::now() + STALL);
+                let least = Instant::now() + STALL;
+                let deadline = match patience {
+                    Patience::Until(deadline) => deadline.max(least),
+                    _ => least,
+                };
                 self.lock.lock_deadline(&Current, deadline)
             }
             Err(died) => Err(LockError::OwnerDied(died)),
