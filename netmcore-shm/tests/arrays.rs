@@ -1193,6 +1193,10 @@ fn fill_again(world: &World, shared: &mut Shared) {
         shared.vec.push(one).unwrap();
     }
     shared.numbers.truncate(30);
+    // What doubles it may be chosen any number of times in a row.
+    if shared.numbers.capacity() > 4_096 {
+        shared.numbers.shrink_to_fit().unwrap();
+    }
 }
 
 type Change = fn(&World, &mut Shared);

