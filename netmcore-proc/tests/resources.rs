@@ -296,7 +296,7 @@ fn assert_killed<R>(outcome: std::result::Result<R, JoinError>) {
 
 /// How soon after a death what only the dead used must be gone. The master needs well under a
 /// millisecond; the rest is for a machine that does other things, too.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_millis(500);
 
 #[track_caller]
 fn assert_goes_soon(dir: &Path, repr: &ResourceRepr) {

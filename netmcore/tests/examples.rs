@@ -492,7 +492,7 @@ fn wordcount_has_a_bar_on_a_terminal_only() {
         .stderr(Stdio::piped());
     let finished = Finished::new(command.spawn().unwrap());
     assert_eq!(finished.code, Some(0), "{finished:?}");
-    assert!(finished.stdout.contains("B/s"), "{finished:?}");
+    assert!(finished.stdout.contains("iB/s"), "{finished:?}");
 }
 
 /// A file that takes no space, but for ever to read.
